@@ -1,18 +1,32 @@
+"""Train an image classifier on probabilities: real images, hybrids, or both.
+
+    python cnn.py                                      # real and hybrid images, half and half
+    python cnn.py -o runs/mnist --hybrid-fraction 0    # the plain CNN: real images only
+    python cnn.py -o runs/mnist --augment --mixup 0.5  # without VAE or hybrids any more
+    python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
+
+Reads:  vae.pt (which data set, which images), hybrids.pt unless --hybrid-fraction 0.
+Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
+"""
 from __future__ import annotations
 
+import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
+
 
 class CNN(nn.Module):
-    """A small image classifier: convolution blocks that halve the side and double the width.
+    """Convolution blocks that halve the side and double the width, then the strongest response.
 
-    x (B,C,H,W) in [0,1] -> logits (B,K). `pool` and `mean` are part of the weights, so that a saved
-    model needs no other description of its input.
+    The largest value of each feature over the image, not the mean: 88.7% against 78.9% with 100
+    MNIST images, at the same cost. x (B,C,H,W) in [0,1] -> logits (B,K).
     """
 
     def __init__(self, channels: int, classes: int, width: int = 32, blocks: int = 3):
@@ -20,7 +34,7 @@ class CNN(nn.Module):
         self.config = dict(channels=channels, classes=classes, width=width, blocks=blocks)
         layers, inputs = [], channels
         for i in range(blocks):
-            outputs = width * 2 ** i
+            outputs = width * 2 ** min(i, 2)
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
                        nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
             inputs = outputs
@@ -28,19 +42,19 @@ class CNN(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x):
-        return self.head(self.features(x - 0.5).mean((2, 3)))
+        return self.head(self.features(x - 0.5).amax((2, 3)))
 
 
 def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
         generator=None, state=None):
-    """Train on batches `next_batch(generator) -> x (B,C,H,W), q (B,K)`; yield one dict a round.
+    """Train on batches `next_batch(generator) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
-    The loss is the cross-entropy against the probabilities q, so hard and soft labels share it.
-    row["state"] resumes a run exactly: pass it back as `state`, with the same other arguments.
+    The loss is the cross-entropy against q, so hard and soft labels share it. A row holds step,
+    loss (mean of the round), images_per_second and "state": given back as `state`, it resumes the
+    run exactly. Raises FloatingPointError, naming the step, when the loss is not finite any more.
     """
-    device = next(model.parameters()).device
+    device, first = next(model.parameters()).device, 0
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    first = 0
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -48,10 +62,10 @@ def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=
         first = state["step"]
     model.train()
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    total, seen, since, start = torch.zeros((), device=device), 0, first, time.perf_counter()
+    total, since, start, seen = torch.zeros((), device=device), first, time.perf_counter(), 0
     for step in range(first, steps):
-        for group in optimiser.param_groups:              # linear warm-up, then linear to zero
-            group["lr"] = lr * min((step + 1) / (0.15 * steps + 1), (steps - step) / (0.85 * steps))
+        for group in optimiser.param_groups:              # linear warm-up, then linearly to zero
+            group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
         x, q = next_batch(generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x.contiguous(memory_format=torch.channels_last))
@@ -61,19 +75,23 @@ def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=
         optimiser.step()
         total += loss.detach()
         seen += len(x)
-        if step + 1 in ends:
-            mean, seconds = total.item() / (step + 1 - since), time.perf_counter() - start
-            yield {"step": step + 1, "loss": mean, "images_per_second": seen / seconds,
+        if step + 1 in ends:                              # the only host synchronisation
+            mean = total.item() / (step + 1 - since)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is not finite between steps {since} and "
+                                         f"{step + 1}; lower the learning rate, or use --no-amp")
+            yield {"step": step + 1, "loss": mean,
+                   "images_per_second": seen / (time.perf_counter() - start),
                    "state": {"step": step + 1, "model": model.state_dict(),
                              "optimiser": optimiser.state_dict(),
                              "generator": generator.get_state()}}
-            model.train()
-            total, seen, since, start = torch.zeros_like(total), 0, step + 1, time.perf_counter()
+            model.train()                                 # the caller may have evaluated
+            total, since, start, seen = torch.zeros_like(total), step + 1, time.perf_counter(), 0
 
 
 @torch.no_grad()
 def predict(model, images, amp=False, batch=1000):
-    """Class probabilities float32 (N,K) of uint8 images (N,C,H,W)."""
+    """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
     model.eval()
     out = []
     for chunk in images.split(batch):
@@ -83,31 +101,227 @@ def predict(model, images, amp=False, batch=1000):
     return torch.cat(out)
 
 
-def uniform(shape, low, high, x, generator):
-    return torch.rand(shape, device=x.device, generator=generator) * (high - low) + low
+def batches(real, size, hybrids=None, fraction=0.5, transforms=()):
+    """next_batch(generator) -> x (size,C,H,W) in [0,1], q (size,K).
+
+    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K); hybrids make
+    up `fraction` of each batch. `transforms` are called in turn, (x, q, generator) -> (x, q).
+    """
+    counts = [size, 0] if hybrids is None else [size - round(size * fraction), round(size * fraction)]
+
+    def next_batch(generator):
+        parts = []
+        for (images, q), count in zip((real, hybrids or real), counts):
+            rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
+            parts.append((images[rows].float() / 255, q[rows]))
+        x, q = (torch.cat(part) for part in zip(*parts))
+        for transform in transforms:
+            x, q = transform(x, q, generator)
+        return x, q
+    return next_batch
+
+
+# Augmentations: (x, q, generator) -> (x, q), parameters drawn for each image by itself.
+
+def uniform(x, low, high, generator):
+    """(B,) numbers from [low, high), on the device of x."""
+    return low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)
 
 
 def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
-    """Rotate, scale, shear and shift, each image its own way. Shapes (B,C,H,W), (B,K) kept."""
-    n = len(x)
-    draw = lambda size: uniform((n,), -size, size, x, generator)
-    angle, k = draw(math.radians(degrees)), draw(shear)
-    sx, sy = draw(scale).exp(), draw(scale).exp()
-    cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack([torch.stack([cos * sx, (k * cos - sin) * sy, draw(2 * shift)], 1),
-                        torch.stack([sin * sx, (k * sin + cos) * sy, draw(2 * shift)], 1)], 1)
-    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False), q
+    """Rotate, stretch, shear and shift, with black around: for grey images."""
+    turn, slant = (uniform(x, -s, s, generator) for s in (math.radians(degrees), shear))
+    wide, high = (uniform(x, -scale, scale, generator).exp() for _ in range(2))
+    right, down = (uniform(x, -2 * shift, 2 * shift, generator) for _ in range(2))
+    cos, sin = turn.cos(), turn.sin()
+    rows = torch.stack([cos * wide, (slant * cos - sin) * high, right,
+                        sin * wide, (slant * sin + cos) * high, down], 1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False),
+                         align_corners=False), q
 
 
 def flip_crop(x, q, generator, pad=4):
-    """Mirror half of the images and shift each by up to `pad` pixels, edges filled with zeros."""
+    """Mirror half of the images and shift each by up to `pad` pixels, edges reflected: for colour."""
     n, c, h, w = x.shape
-    flip = torch.rand(n, device=x.device, generator=generator) < 0.5
-    x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    dy, dx = torch.randint(0, 2 * pad + 1, (2, n), device=x.device, generator=generator)
-    rows = (dy[:, None] + torch.arange(h, device=x.device))[:, None, :, None]
-    cols = (dx[:, None] + torch.arange(w, device=x.device))[:, None, None, :]
-    batch = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[None, :, None, None]
-    return F.pad(x, (pad,) * 4, mode="reflect")[batch, channel, rows, cols], q
+    x = torch.where(uniform(x, 0, 1, generator)[:, None, None, None] < 0.5, x.flip(3), x)
+    down, right = torch.randint(2 * pad + 1, (2, n), device=x.device, generator=generator)
+    rows = down[:, None, None, None] + torch.arange(h, device=x.device)[:, None]
+    columns = right[:, None, None, None] + torch.arange(w, device=x.device)
+    image = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(c, device=x.device)[:, None, None]
+    return F.pad(x, (pad,) * 4, mode="reflect")[image, channel, rows, columns], q
+
+
+def beta(x, alpha, generator):
+    """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any device, any seed."""
+    grid = torch.linspace(-20 / min(alpha, 1), 20 / min(alpha, 1), 4096, device=x.device)
+    mass = (alpha * (F.logsigmoid(grid) + F.logsigmoid(-grid))).exp().cumsum(0)
+    return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
+
+
+def mixup(x, q, generator, alpha=1.0, fraction=1.0):
+    """A convex combination of two images and of their labels (Zhang et al. 2018)."""
+    t = beta(x, alpha, generator)
+    t[round(fraction * len(x)):] = 1                      # the rest of the batch stays as it is
+    other = torch.randperm(len(x), device=x.device, generator=generator)
+    w = t[:, None, None, None]
+    return w * x + (1 - w) * x[other], t[:, None] * q + (1 - t[:, None]) * q[other]
+
+
+def cutmix(x, q, generator, alpha=1.0, fraction=1.0):
+    """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
+    n, _, h, w = x.shape
+    side = (1 - beta(x, alpha, generator)).sqrt()
+    side[round(fraction * n):] = 0
+    cy, cx = uniform(x, 0, 1, generator), uniform(x, 0, 1, generator)
+    y = (torch.arange(h, device=x.device) + 0.5) / h
+    z = (torch.arange(w, device=x.device) + 0.5) / w
+    inside = ((y - cy[:, None]).abs() < side[:, None] / 2)[:, :, None] \
+        & ((z - cx[:, None]).abs() < side[:, None] / 2)[:, None, :]
+    t = 1 - inside.float().mean((1, 2))[:, None]          # what the border cut off counts as kept
+    other = torch.randperm(n, device=x.device, generator=generator)
+    return torch.where(inside[:, None], x[other], x), t * q + (1 - t) * q[other]
+
+
+# ---- command ---------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    import common
+    parser = common.flags("cnn.py", __doc__)
+    add = parser.add_argument_group("the classifier and its training").add_argument
+    add("--images", type=common.number(int, 1), help="train on this many real images, equal "
+        "numbers a class; without it on those that the VAE saw")
+    add("--hybrid-fraction", type=common.number(float, 0, 1), default=0.5,
+        help="of each batch; 0 is the plain CNN, 1 sees no real image")
+    add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
+    add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
+        help="mixup with Beta(ALPHA, ALPHA); 0 is off")
+    add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
+        help="cutmix with Beta(ALPHA, ALPHA); 0 is off")
+    add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")
+    add("--steps", type=common.number(int, 1), default=600, help="optimiser steps")
+    add("--batch-size", type=common.number(int, 2), default=64, help="images a step")
+    add("--lr", type=common.number(float, 0, 10), default=3e-3, help="highest learning rate")
+    add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of AdamW")
+    add("--resume", action="store_true", help="go on from cnn.last.pt, if there is one that fits")
+    add("--predict", type=Path, metavar="PATH", help="print the percentages of a picture, or of "
+        "all pictures in a folder as CSV, and stop")
+    return parser.parse_args(argv)
+
+
+def draw(history, q, y, classes):
+    """Training curves and the confusion matrix on test images."""
+    import common
+    fig = common.figure(12, 4.8)
+    curve, matrix = fig.subplots(1, 2, width_ratios=[1.2, 1])
+    steps = [row["step"] for row in history]
+    common.tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
+    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
+               color=common.COLOURS[0])
+    loss = curve.twinx()
+    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=common.COLOURS[2])
+    loss.set_ylabel("training loss, nats (dashed)")
+    loss.spines[["top"]].set_visible(False)
+    k = len(classes)
+    counts = torch.zeros(k, k).index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
+    rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    matrix.imshow(rates, cmap="Greys", vmin=0, vmax=100)
+    matrix.set_title("Which classes does it confuse?", loc="left", fontsize=11, fontweight="bold")
+    if k <= 12:
+        matrix.set_xticks(range(k), classes, rotation=45 if max(map(len, classes)) > 3 else 0,
+                          ha="right" if max(map(len, classes)) > 3 else "center")
+        matrix.set_yticks(range(k), classes)
+        for (row, column), rate in ((divmod(i, k), r) for i, r in enumerate(rates.flatten())):
+            if rate >= 0.5:
+                matrix.text(column, row, f"{rate:.0f}", ha="center", va="center", fontsize=8,
+                            color="white" if rate > 50 else "black")
+    matrix.set(xlabel="predicted", ylabel="true (numbers: % of the row)")
+    return fig
+
+
+def answer(args):
+    """Print the percentages of a picture, or those of a folder's pictures as CSV."""
+    import common
+    from latent import words
+    saved = common.load(args, "cnn")
+    model, classes = CNN(**saved["config"]), saved["dataset"]["classes"]
+    model.load_state_dict(saved["model"])
+    if not args.predict.is_dir():
+        image, how = common.read_like(args.predict, saved["dataset"])
+        print(how)
+        q = predict(model, image)[0].softmax(0)
+        for c in q.argsort(descending=True).tolist():
+            print(f"{100 * q[c]:5.1f}%  {classes[c]}")
+        return
+    files = sorted(f for f in args.predict.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
+    if not files:
+        raise common.Mistake(f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")
+    quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
+    print("file,likeliest," + ",".join(quoted))
+    for file in files:
+        q = predict(model, common.read_like(file, saved["dataset"])[0])[0].softmax(0)
+        name = str(file).replace('"', '""')
+        print(f'"{name}",{quoted[int(q.argmax())]},' + ",".join(f"{p:.4f}" for p in q.tolist()))
+
+
+def command(args):
+    import common
+    from latent import scores
+    device, amp = common.start(args)
+    if args.predict:
+        return answer(args)
+    upstream = common.load(args, "vae", device)
+    data = common.load_dataset(args, device, upstream)
+    pool, validation = common.split(data)
+    validation = validation.to(device)
+    rows = upstream["rows"] if args.images is None else \
+        common.subset(data, pool, args.images, args.seed)
+    x, y, classes = data.images[rows.to(device)], data.labels[rows.to(device)], len(data.classes)
+    real, made, made_from = (x, F.one_hot(y, classes).float()), None, [args.out / "vae.pt"]
+    if args.hybrid_fraction:
+        saved = common.load(args, "hybrids", device)
+        made, made_from = (saved["images"], saved["q"]), [*made_from, args.out / "hybrids.pt"]
+    transforms = [t for t, on in (
+        (lambda x, q, g: mixup(x, q, g, args.mixup), args.mixup),
+        (lambda x, q, g: cutmix(x, q, g, args.cutmix), args.cutmix),
+        (affine if x.shape[1] == 1 else flip_crop, args.augment)) if on]
+    torch.manual_seed(args.seed)                          # the initial weights
+    model = CNN(x.shape[1], classes, args.width, 3 if max(x.shape[2:]) <= 32 else 4)
+    model = model.to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"
+    work = {"settings": common.settings(args), "dataset": data.facts(args),
+            "made_from": [common.fingerprint(f) for f in made_from]}
+    state, history = common.resume(args, last, work)
+    log = common.Log(args.out / "cnn.log.jsonl", fresh=not state)
+    progress = common.Progress(args.steps, "cnn", args.quiet, done=state["step"] if state else 0)
+    for row in fit(model, batches(real, args.batch_size, made, args.hybrid_fraction, transforms),
+                   steps=args.steps, lr=args.lr, weight_decay=args.weight_decay, amp=amp,
+                   generator=generator, state=state):
+        state, rate = row.pop("state"), row.pop("images_per_second")
+        q = predict(model, data.images[validation], amp).softmax(1)
+        row["validation"] = scores(q, data.labels[validation])["accuracy"]
+        history.append(row)
+        log({"step": row["step"], "images_per_second": rate})
+        progress(row["step"], f"loss {row['loss']:.3f}  validation {row['validation']:.1%}  "
+                              f"{rate:,.0f} images/s")
+        common.write(last, {**work, "state": state, "history": history})
+    q = predict(model, data.test_images, amp).softmax(1)
+    metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}
+    common.write(args.out / "cnn.png", draw(history, q.cpu(), data.test_labels.cpu(), data.classes))
+    common.save(stem, args, data, metrics, made_from, config=model.config,
+                model=model.state_dict())
+    last.unlink(missing_ok=True)
+    print(f"{len(x):,} real images, {args.hybrid_fraction:.0%} hybrids in each batch; on "
+          f"{len(q):,} test images:\naccuracy {metrics['accuracy']:.2%}  (balanced "
+          f"{metrics['balanced_accuracy']:.2%})  NLL {metrics['nll']:.3f}  ECE {metrics['ece']:.3f}")
+    print(f"{args.out / 'cnn.png'}\n{stem}")
+
+
+def main(argv=None) -> int:
+    import common
+    return common.guard(command, parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -146,7 +146,7 @@ class Dataset:
         seen.update(self.images[::every].cpu().numpy().tobytes())
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": len(self.images),
+                "light": border(self.images[::every]) > 127, "classes": self.classes, "images": len(self.images),
                 "test_images": len(self.test_images), "fingerprint": seen.hexdigest()[:16]}
 
 
@@ -198,12 +198,13 @@ def check(data: Dataset, side: int):
     data.labels, data.test_labels = (torch.searchsorted(values, v) for v in (y, y_test))
     data.classes = [str(name) for name in names]
     if max(x.shape[2:]) > 64 or min(x.shape[2:]) < 16:
-        data.images, data.test_images = resize(x, side), resize(x_test, side)
+        data.images, data.test_images = (
+            resize(v, (side, side)) for v in (x, x_test))
 
 
 def resize(images, side):
-    """uint8 (N,C,H,W) -> uint8 (N,C,side,side), antialiased."""
-    return torch.cat([F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
+    """uint8 (N,C,H,W) -> uint8 (N,C,*side), antialiased."""
+    return torch.cat([F.interpolate(part.float(), side, mode="bilinear", antialias=True)
                       .round().clamp(0, 255).byte() for part in images.split(1000)])
 
 
@@ -335,6 +336,25 @@ def read_image(path, side, grey=False):
     return array[None] if grey else array.transpose(2, 0, 1)
 
 
+def read_like(path, facts):
+    """A picture brought to a data set's side, channels and polarity -> uint8 (1,C,H,W), what was done."""
+    channels, height, width = facts["shape"]
+    array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
+    array = resize(array, (height, width)) if height != width else array
+    light = border(array) > 127
+    flip = channels == 1 and light != facts["light"]    # ink on paper, or chalk on a board
+    return 255 - array if flip else array, (
+        f"{path}: {'grey' if channels == 1 else 'RGB'}, {height}x{width}"
+        + ", inverted: the data set's background is " * flip + ("light" if facts["light"] else "dark") * flip)
+
+
+def border(images) -> float:
+    """The mean brightness of the outermost pixels, 0 to 255."""
+    edge = torch.ones(images.shape[2:], dtype=torch.bool, device=images.device)
+    edge[1:-1, 1:-1] = False
+    return images[..., edge].float().mean().item()
+
+
 # ---- which images ----------------------------------------------------------------------------
 
 def shuffled_classes(labels, rows, seed) -> list:
@@ -432,6 +452,28 @@ def load(args, kind: str, device="cpu") -> dict:
         if source.exists() and fingerprint(source) != mark:
             raise Mistake(f"{path} was made from another {source.name}; {again}")
     return saved
+
+
+def resume(args, last: Path, work: dict):
+    """-> state, history of unfinished work: None, [] where there is none of the same settings."""
+    if not args.resume or not last.exists():
+        return None, []
+    try:
+        saved = torch.load(last, map_location="cpu", weights_only=True)
+    except Exception:                   # a damaged one is as good as none
+        return None, []
+    same = all(saved.get(key) == value for key, value in work.items())
+    return (saved["state"], saved["history"]) if same else (None, [])
+
+
+class Log:
+    """Rows as JSON lines, for what differs from run to run: rates and times."""
+
+    def __init__(self, path: Path, fresh=True):
+        self.file = path.open("w" if fresh else "a", buffering=1)
+
+    def __call__(self, row: dict):
+        self.file.write(json.dumps(row) + "\n")
 
 
 def cure(args, name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -109,10 +110,138 @@ def render(points, decode, mu, images, residual=True, batch=1000):
     """
     if not residual or points.i is None:
         return torch.cat([decode(z) for z in points.z.split(batch)])
-    lost = torch.cat([x.float() / 255 - decode(m)
-                      for x, m in zip(images.split(batch), mu.split(batch))])
+    used, place = torch.cat([points.i, points.j]).unique(return_inverse=True)
+    lost = torch.cat([images[k].float() / 255 - decode(mu[k]) for k in used.split(batch)])
     out = []
-    for z, i, j, t in zip(*(v.split(batch) for v in points)):
+    for z, i, j, t in zip(*(v.split(batch) for v in (points.z, *place.chunk(2), points.t))):
         w = t[:, None, None, None]
         out.append((decode(z) + w * lost[i] + (1 - w) * lost[j]).clamp(0, 1))
     return torch.cat(out)
+
+
+def entropy(q):
+    """Of each row of q (M,K), in nats: 0 for one class, log K for all alike."""
+    return torch.special.entr(q).sum(1)
+
+
+# ---- command ---------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    import common
+    parser = common.flags("hybrids.py", __doc__)
+    add = parser.add_argument_group("hybrids").add_argument
+    add("--count", type=common.number(int, 1), default=20_000, help="how many")
+    add("--strategy", choices=STRATEGIES, default="between", help="where to sample")
+    add("--label", choices=LABELS, help="how to label; without it product, and density for "
+        "points from the prior")
+    add("--residual", action=argparse.BooleanOptionalAction, default=True,
+        help="add what the decoder lost of the source images")
+    add("--export", type=Path, metavar="DIR", help="also write PNG files and DIR/labels.csv")
+    args = parser.parse_args(argv)
+    args.label = args.label or ("density" if args.strategy == "prior" else "product")
+    if args.strategy == "prior" and args.label in ("product", "weight"):
+        parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
+    return args
+
+
+def caption(axes, q, classes, words, colours):
+    """The percentages of an image as words, and as a bar below it."""
+    left = 0.0
+    for c in q.argsort(descending=True)[:4].tolist():
+        axes.barh(-0.09, float(q[c]), 0.07, left, transform=axes.transAxes, clip_on=False,
+                  color=colours[c % len(colours)], edgecolor="white", linewidth=0.5)
+        left += float(q[c])
+    axes.set_xlabel(words(q, classes), fontsize=7, labelpad=13)
+
+
+def draw(x, q, strip, strip_q, classes):
+    """A walk from one class to another, a gallery sorted the same way, the entropies."""
+    import common
+    from latent import words
+    fig = common.figure(13, 8.6)
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
+    top.suptitle(f"What lies between {classes[int(strip_q[0].argmax())]} and "
+                 f"{classes[int(strip_q[-1].argmax())]}?", x=0.01, ha="left", fontweight="bold")
+    for axes, image, row in zip(top.subplots(1, len(strip)), strip, strip_q):
+        common.picture(axes, image[None])
+        caption(axes, row, classes, words, common.COLOURS)
+    gallery, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
+    gallery.suptitle("What do the hybrids look like?", x=0.01, ha="left", fontweight="bold")
+    for axes, image, row in zip(gallery.subplots(4, 7).flat, x, q):
+        common.picture(axes, image[None])
+        caption(axes, row, classes, words, common.COLOURS)
+    axes = side.subplots()
+    axes.hist(entropy(q).cpu() / math.log(2), bins=30, color=common.COLOURS[0])
+    common.tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
+    return fig
+
+
+def export(folder, x, q, classes):
+    """PNG files in the folder of their likeliest class, and labels.csv with the percentages."""
+    from PIL import Image
+    lines = ["file," + ",".join(f'"{c}"' for c in classes)]
+    for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
+        name = f"{int(row.argmax()):03}-{classes[int(row.argmax())]}/{k:06}.png".replace(" ", "_")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        array = image.permute(1, 2, 0).numpy()
+        Image.fromarray(array[..., 0] if len(image) == 1 else array).save(folder / name)
+        lines.append(f'"{name}",' + ",".join(f"{p:.5f}" for p in row.tolist()))
+    return "\n".join(lines) + "\n"
+
+
+def command(args):
+    import common
+    from latent import Aggregate
+    from vae import VAE, decode_all, encode_all
+    device, amp = common.start(args)
+    upstream, latent = (common.load(args, kind, device) for kind in ("vae", "latent"))
+    data = common.load_dataset(args, device, upstream)
+    model = VAE(**upstream["config"]).to(device, memory_format=torch.channels_last).eval()
+    model.load_state_dict(upstream["model"])
+    posterior = Aggregate(**latent["teaching"])
+    images, y = data.images[upstream["rows"].to(device)], latent["labels"]
+    mu, logvar = latent["mu"], latent["logvar"]
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def make(points):
+        x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual)
+        q = label(args.label, points, y, posterior, generator)
+        return (x * 255).round().byte(), q
+
+    points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
+    x, q = make(points)
+    again = posterior(encode_all(model, x, amp)[0])        # where do the made images lie?
+    moved = (again - posterior(points.z)).abs().sum(1) / 2
+    metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
+               "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
+               "histogram": entropy(q).histc(20, 0, math.log(len(data.classes))).tolist()}
+    # The walk: nine steps between the codes of the most evenly mixed pair of different classes.
+    i = torch.zeros(9, dtype=torch.long, device=device)
+    j = partners(y, i[:1], False, generator).expand(9)
+    t = torch.linspace(1, 0, 9, device=device)
+    strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
+    strip_x, strip_q = make(strip) if args.strategy != "prior" else \
+        ((decode_all(model, strip.z, amp) * 255).byte(), posterior(strip.z))
+    shown = q[:28, :].argmax(1).argsort(stable=True)
+    order = torch.cat([shown, torch.arange(len(shown), len(q), device=device)])
+    common.write(args.out / "hybrids.png",
+                 draw(x[order], q[order].cpu(), strip_x, strip_q.cpu(), data.classes))
+    stem = args.out / "hybrids.pt"
+    if args.export:
+        args.export.mkdir(parents=True, exist_ok=True)
+        common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
+    common.save(stem, args, data, metrics, [args.out / "vae.pt", args.out / "latent.pt"],
+                images=x.cpu(), q=q.cpu(), z=points.z.cpu())
+    print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
+          f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
+          f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
+    print(f"{args.out / 'hybrids.png'}\n{stem}")
+
+
+def main(argv=None) -> int:
+    import common
+    return common.guard(command, parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

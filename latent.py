@@ -153,6 +153,23 @@ class Gaussian(Posterior):
         return torch.stack(columns, 1)
 
 
+def teach(mu, logvar, y, classes, bandwidth=1.0):
+    """The posterior that labels hybrids: constants frozen, T from how well the codes separate.
+
+    T = 1 + 3 (1-s)/s, s the leave-one-out accuracy rescaled so that guessing is 0: where the
+    classes overlap in the latent space, its density is trusted less (T infinite: not at all).
+    The best-calibrated posterior is too soft to teach.
+    """
+    posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
+    log_density, own = posterior.leave_one_out()
+    posterior.set_floor(log_density)
+    accuracy = (posterior.weigh(log_density).argmax(1) == own).float().mean().item()
+    guess = posterior.prior.max().item()
+    skill = max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
+    posterior.temperature = 1 + 3 * (1 - skill) / skill
+    return posterior
+
+
 def within_class_variance(mu, y, classes):
     """Pooled within-class variance (D,), with one pseudo-observation of the total variance."""
     one_hot = torch.nn.functional.one_hot(y, classes).to(mu)
@@ -171,12 +188,273 @@ def log_normal(z, mu, variance):
 
 
 def log_normal_images(z, own, mu, variance):
-    """log of the integral of N(z; mu_i, variance_i) over N(z; z_m, diag(own_m)), (M,N).
+    """log of N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over image m's posterior.
 
-    Gaussians convolve: the variances add. One dimension at a time keeps the memory at (M,N).
+    Gaussians convolve, so the variances add. One dimension at a time, the memory stays at (M,N);
+    eight spreads are multiplied before a logarithm is taken: an eighth of the logarithms.
     """
-    total = torch.zeros(len(z), len(mu), device=z.device)
+    total = torch.full((len(z), len(mu)), z.shape[1] * LOG_2PI, device=z.device)
+    product = torch.ones_like(total)
     for d in range(z.shape[1]):
         spread = own[:, d, None] + variance[None, :, d]
-        total += (z[:, d, None] - mu[None, :, d]).square() / spread + spread.log()
-    return -0.5 * (total + z.shape[1] * LOG_2PI)
+        total.addcdiv_((z[:, d, None] - mu[None, :, d]).square_(), spread)
+        product *= spread
+        if d % 8 == 7 or d == z.shape[1] - 1:
+            total += product.log_()
+            product.fill_(1)
+    return total.mul_(-0.5)
+
+
+def best_temperature(posterior, log_density, y):
+    """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
+    grid = torch.logspace(-2, 6, 65, base=2)
+    fits = []
+    for t in grid.tolist():
+        posterior.temperature = t
+        fits.append((scores(posterior.weigh(log_density), y)["nll"], t))
+    return min(fits)[::-1]
+
+
+def calibrate(fit, choices, mu, logvar, y, limit=500):
+    """The posterior fit(choice) with the choice and T of smallest NLL on images it never saw.
+
+    mu, logvar (V,D), y (V,) are held out. `limit` of them choose between bandwidths, all fit T.
+    """
+    few = torch.linspace(0, len(y) - 1, min(limit, len(y))).long()
+    tried = []
+    for choice in choices:
+        posterior = fit(choice)
+        found = posterior.log_density(mu[few], logvar[few])
+        tried.append((best_temperature(posterior, found, y[few])[1], choice))
+    best = min(tried)[1]
+    posterior = fit(best)
+    found = posterior.log_density(mu, logvar)
+    posterior.temperature = best_temperature(posterior, found, y)[0]
+    return posterior, best
+
+
+def scores(q, y, bins=15) -> dict:
+    """Accuracy, balanced accuracy, NLL, Brier, top-label ECE of probabilities q (N,K), y (N,).
+
+    ECE: the mean gap between confidence and accuracy over bins of equal mass (Guo et al. 2017).
+    """
+    right = (q.argmax(1) == y).float()
+    recall = torch.stack([right[y == c].mean() for c in y.unique()])
+    likely = q[torch.arange(len(y), device=q.device), y]
+    brier = (q.square().sum(1) - 2 * likely + 1).mean()
+    return {"accuracy": right.mean().item(), "balanced_accuracy": recall.mean().item(),
+            "nll": -likely.clamp(min=1e-12).log().mean().item(), "brier": brier.item(),
+            "ece": ece(q.amax(1), right, bins)}
+
+
+def ece(confidence, right, bins=15) -> float:
+    """Expected calibration error over bins of equal mass; confidence, right (N,)."""
+    gap = (confidence - right)[confidence.argsort()]
+    return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(gap)
+
+
+def ece_interval(q, y, draws=200, seed=0):
+    """95% bootstrap interval of the ECE: the images drawn again with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    confidence, right = q.amax(1).cpu(), (q.argmax(1) == y).float().cpu()
+    picks = torch.randint(len(y), (draws, len(y)), generator=generator)
+    values = torch.tensor([ece(confidence[p], right[p]) for p in picks])
+    return values.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
+    """Rows of stated probability, observed frequency, pairs: over (image, class) pairs, pooled.
+
+    Only pairs with low < q < high count, in bins of equal width with at least `least` pairs.
+    """
+    hit = torch.nn.functional.one_hot(y, q.shape[1]).bool()
+    inside = (q > low) & (q < high)
+    stated, hit = q[inside], hit[inside].float()
+    index = ((stated - low) / (high - low) * bins).long().clamp(0, bins - 1)
+    return [{"stated": stated[index == b].mean().item(), "observed": hit[index == b].mean().item(),
+             "pairs": int((index == b).sum())}
+            for b in range(bins) if int((index == b).sum()) >= least]
+
+
+def words(q, classes, most=2) -> str:
+    """Probabilities (K,) as "20% cat + 80% dog": the likeliest classes, the likeliest last."""
+    q = [float(p) for p in q]
+    top = sorted(range(len(q)), key=q.__getitem__)[-most:]
+    return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in top if q[c] >= 0.005)
+
+
+# ---- command ---------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    import common
+    parser = common.flags("latent.py", __doc__)
+    add = parser.add_argument_group("percentages").add_argument
+    add("--codes", type=common.number(int, 2), default=20_000,
+        help="at most this many codes hold up the density")
+    add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
+        help="which class-conditional density --image and --point are answered from")
+    add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
+    add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
+    args = parser.parse_args(argv)
+    if args.image and args.point:
+        parser.error("--image or --point, not both")
+    return args
+
+
+def main_axes(mu, y):
+    """PCA of the class means: -> mean (D,), directions (D,2); the identity when D is 2 or less."""
+    dim = mu.shape[1]
+    if dim <= 2:
+        return torch.zeros(dim), torch.eye(dim, 2)
+    means = torch.stack([mu[y == c].mean(0) for c in y.unique()])
+    means = torch.cat([means - means.mean(0), 1e-3 * (mu - mu.mean(0))[:1000]])  # two classes: a line
+    return mu.mean(0), torch.linalg.svd(means, full_matrices=False)[2][:2].T
+
+
+def draw_map(axes, mu, y, classes, posterior, generator):
+    """Codes in two dimensions, an ellipse a class, random points X with their percentages."""
+    import common
+    from matplotlib.patches import Ellipse
+    mean, directions = main_axes(mu, y)
+    xy = ((mu - mean) @ directions).numpy()
+    for c, name in enumerate(classes):
+        own = xy[(y == c).numpy()]
+        colour = common.COLOURS[c % 10]
+        axes.scatter(*own[:1500].T, s=7, color=colour, alpha=0.35, linewidths=0,
+                     marker=common.MARKERS[c % 10], rasterized=True)
+        centre = own.mean(0)
+        if len(own) > 2:
+            spread, turn = torch.linalg.eigh(torch.from_numpy(own.T).double().cov())
+            angle = math.degrees(math.atan2(turn[1, 1], turn[0, 1]))
+            small, large = (3 * spread.clamp(min=0).sqrt()).tolist()       # 1.5 deviations each way
+            axes.add_patch(Ellipse(centre, large, small, angle=angle, fill=False, color=colour,
+                                   linewidth=1.6))
+        axes.annotate(name, centre, ha="center", va="center", fontsize=10, fontweight="bold",
+                      bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour, lw=1.2))
+    # Random points on lines between codes: the undecided ones, nine of them far apart.
+    i, j = torch.randint(len(mu), (2, 1000), generator=generator)
+    z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))
+    z = z[posterior(z).amax(1).argsort()[:200]]
+    flat, chosen = (z - mean) @ directions, []
+    taken = torch.stack([torch.from_numpy(xy)[y == c].mean(0) for c in y.unique()])    # the names
+    while len(chosen) < 9:
+        chosen.append(int(torch.cdist(flat, taken).amin(1).argmax()))
+        taken = torch.cat([taken, flat[chosen[-1:]]])
+    for point, q in zip(flat[chosen].tolist(), posterior(z[chosen])):
+        axes.plot(*point, "x", color="black", ms=8, mew=2)
+        axes.annotate(words(q, classes), point, xytext=(0, -13), textcoords="offset points",
+                      ha="center", va="top", fontsize=7.5,
+                      bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
+    common.tidy(axes, "Where do the classes live?", "first main direction of the class means", "second")
+
+
+def draw_reliability(axes, curves):
+    """Stated against observed, for each named curve."""
+    import common
+    axes.plot([0, 1], [0, 1], color="black", lw=0.8)
+    axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
+    for (name, rows), style, colour in zip(curves.items(), ("-o", "--s", ":^"), common.COLOURS):
+        axes.plot([r["stated"] for r in rows], [r["observed"] for r in rows], style, ms=5,
+                  color=colour, label=name)
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    common.tidy(axes, "Do 30% mean 30%?", "stated percentage", "observed frequency on test images")
+
+
+def answer(args):
+    """Print the percentages of --image or of --point, from latent.pt."""
+    import common
+    from vae import VAE, encode_all
+    saved = common.load(args, "latent")
+    kind = {"aggregate": Aggregate, "gaussian": Gaussian}[args.estimator]
+    posterior = kind(**saved["calibrated"][args.estimator])
+    classes, dim = saved["dataset"]["classes"], saved["mu"].shape[1]
+    if args.point:
+        try:
+            z = torch.tensor([[float(v) for v in args.point.split(",")]])
+        except ValueError:
+            raise common.Mistake("--point takes numbers with commas between, as 0.3,-1.2") from None
+        if z.shape[1] != dim or not z.isfinite().all():
+            raise common.Mistake(f"--point takes {dim} finite numbers here; got {args.point}")
+        q = posterior(z)[0]
+    else:
+        image, how = common.read_like(args.image, saved["dataset"])
+        model = VAE(**(upstream := common.load(args, "vae"))["config"])
+        model.load_state_dict(upstream["model"])
+        print(how)
+        q = posterior(*encode_all(model.eval(), image))[0]
+    for c in q.argsort(descending=True).tolist():
+        print(f"{100 * q[c]:5.1f}%  {classes[c]}")
+
+
+def command(args):
+    import common
+    from vae import VAE, encode_all
+    device, amp = common.start(args)
+    if args.image or args.point:
+        return answer(args)
+    upstream = common.load(args, "vae", device)
+    data = common.load_dataset(args, device, upstream)
+    classes = len(data.classes)
+    model = VAE(**upstream["config"]).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(upstream["model"])
+    rows, (_, validation) = upstream["rows"].to(device), common.split(data)
+    y, y_test = data.labels[rows], data.test_labels
+    held = validation[torch.linspace(0, len(validation) - 1, min(2000, len(validation))).long()]
+    held, held_y = data.images[held.to(device)], data.labels[held.to(device)]
+    codes = encode_all(model, data.images[rows], amp)
+    held_codes, test_codes = (encode_all(model, x, amp) for x in (held, data.test_images))
+    some = torch.linspace(0, len(rows) - 1, min(args.codes, len(rows))).long().to(device)
+    part = codes[0][some], codes[1][some], y[some]
+
+    def aggregate(bandwidth):
+        posterior = Aggregate.fit(*part, classes, bandwidth=bandwidth)
+        posterior.set_floor(posterior.leave_one_out()[0])
+        return posterior
+
+    def gaussian(shrinkage):
+        posterior = Gaussian.fit(*part, classes, shrinkage=shrinkage)
+        posterior.set_floor(posterior.log_density(part[0][:2000]))
+        return posterior
+
+    q = aggregate(0.0)(*test_codes)
+    curves = {"before: the encoder's own width": reliability(q, y_test)}
+    calibrated, metrics = {}, {"before": scores(q, y_test)}
+    for name, fit, choices in (("aggregate", aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),
+                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
+        posterior, choice = calibrate(fit, choices, *held_codes, held_y)
+        q = posterior(*test_codes)
+        curves[f"calibrated: {name}"] = reliability(q, y_test)
+        metrics[name] = {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
+                         "choice": choice, "temperature": posterior.temperature,
+                         "reliability": curves[f"calibrated: {name}"]}
+        calibrated[name] = posterior.state()
+    prior = y.bincount(minlength=classes) / len(y)
+    metrics["class priors"] = scores(prior.expand(len(y_test), classes), y_test)
+    fig = common.figure(14, 6.6)
+    left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
+    shown = Aggregate(**{k: v.cpu() if torch.is_tensor(v) else v
+                         for k, v in calibrated["aggregate"].items()})
+    draw_map(left, codes[0].cpu(), y.cpu(), data.classes, shown,
+             torch.Generator().manual_seed(args.seed))
+    draw_reliability(right, curves)
+    common.write(args.out / "latent.png", fig)
+    stem = args.out / "latent.pt"
+    common.save(stem, args, data, metrics, [args.out / "vae.pt"], mu=codes[0], logvar=codes[1],
+                labels=y, calibrated=calibrated,
+                teaching=teach(*part, classes).state())
+    print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
+    print(f"{'':14}accuracy    NLL  Brier    ECE  95% interval")
+    for name, m in metrics.items():
+        print(f"{name:14}{m['accuracy']:8.1%} {m['nll']:6.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
+              + ("  {:.3f} to {:.3f}".format(*m["ece_interval"]) if "ece_interval" in m else ""))
+    print(f"{args.out / 'latent.png'}\n{stem}")
+
+
+def main(argv=None) -> int:
+    import common
+    return common.guard(command, parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,7 +3,6 @@
     python vae.py                                          # embedded glyphs -> runs/glyphs/vae.pt
     python vae.py --dataset mnist --images 1000            # learn from 1,000 images only
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
-    torchrun --nproc-per-node=4 vae.py --dataset mnist     # the same batch, shared by 4 processes
 
 Reads:  a data set.
 Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it works.
@@ -71,16 +70,14 @@ def elbo_terms(logits, x, mu, logvar):
 
 
 def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, generator=None,
-        state=None, step_model=None):
+        state=None):
     """Maximise the ELBO on batches `next_batch(generator) -> x (B,C,H,W)`; yield a dict a round.
 
     A row holds step, reconstruction, kl (nats an image, means of the round), images_per_second
-    and "state": given back as `state`, it resumes the run exactly. `step_model` is what the
-    steps call where that is not the model itself (a DistributedDataParallel around it).
+    and "state": given back as `state`, it resumes the run exactly.
     Raises FloatingPointError, naming the step, when the loss is not finite any more.
     """
     device, latent_dim = next(model.parameters()).device, model.config["latent_dim"]
-    step_model = step_model or model
     optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0,
                                   fused=True)
     first = 0
@@ -97,7 +94,7 @@ def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, ge
         x = next_batch(generator)
         noise = torch.randn(len(x), latent_dim, device=device, generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = step_model(x.contiguous(memory_format=torch.channels_last), noise)
+            outputs = model(x.contiguous(memory_format=torch.channels_last), noise)
         reconstruction, kl = elbo_terms(outputs[0], x, *outputs[1:])
         optimiser.zero_grad(set_to_none=True)
         (reconstruction + beta * kl).backward()
@@ -152,3 +149,100 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
         sums += torch.stack(elbo_terms(logits, x, mu, logvar)) * len(x)
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
+
+
+# ---- command ---------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    import common
+    parser = common.flags("vae.py", __doc__)
+    add = parser.add_argument_group("the model and its training").add_argument
+    add("--images", type=common.number(int, 1), help="learn from this many images of the training "
+        "set, equal numbers a class; without it from all, less the validation tenth")
+    add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size D")
+    add("--beta", type=common.number(float, 0, 1000), default=1.0, help="weight of the KL term")
+    add("--steps", type=common.number(int, 1), default=1500, help="optimiser steps")
+    add("--batch-size", type=common.number(int, 1), default=128, help="images a step")
+    add("--lr", type=common.number(float, 0, 10), default=3e-3, help="highest learning rate")
+    add("--resume", action="store_true", help="go on from vae.last.pt, if there is one that fits")
+    return parser.parse_args(argv)
+
+
+def draw(history, model, data, amp, generator):
+    """The curve, reconstructions of test images, samples from the prior."""
+    import common
+    fig = common.figure(13, 4.2)
+    curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
+    steps = [row["step"] for row in history]
+    common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats an image")
+    curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
+               color=common.COLOURS[0], label="training batches")
+    curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
+               color=common.COLOURS[2], label="validation images")
+    curve.legend(frameon=False)
+    x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()].float() / 255
+    made = decode_all(model, encode_all(model, (x * 255).byte(), amp)[0], amp)
+    pairs = torch.stack([x.view(4, 8, *x.shape[1:]), made.view(4, 8, *x.shape[1:])], 1).flatten(0, 2)
+    common.picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
+    z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
+    common.picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
+    for axes, title in ((recon, "What does the code keep?"), (prior, "What does it imagine?")):
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    return fig
+
+
+def command(args):
+    import common
+    device, amp = common.start(args)
+    data = common.load_dataset(args, device)
+    pool, validation = common.split(data)
+    rows = pool if args.images is None else common.subset(data, pool, args.images, args.seed)
+    images, held_out = data.images[rows.to(device)], data.images[validation.to(device)]
+    generator = torch.Generator(device).manual_seed(args.seed)
+    torch.manual_seed(args.seed)                       # the initial weights
+    model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim)
+    model = model.to(device, memory_format=torch.channels_last)
+    stem, last = args.out / "vae.pt", args.out / "vae.last.pt"
+    work = {"settings": common.settings(args), "dataset": data.facts(args)}
+    state, history = common.resume(args, last, work)
+    log, size = common.Log(args.out / "vae.log.jsonl", fresh=not state), len(images)
+    progress = common.Progress(args.steps, "vae", args.quiet, done=state["step"] if state else 0)
+
+    def next_batch(g):
+        picked = torch.randint(size, (args.batch_size,), device=device, generator=g)
+        return images[picked].float() / 255
+
+    def score(part):
+        fresh = torch.Generator(device).manual_seed(args.seed + 1)
+        return evaluate(model, part[:10_000], generator=fresh, amp=amp)
+
+    for row in fit(model, next_batch, steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
+                   generator=generator, state=state):
+        state, rate = row.pop("state"), row.pop("images_per_second")
+        row["validation"] = score(held_out)["negative_elbo"]
+        history.append(row)
+        log({"step": row["step"], "images_per_second": rate})
+        progress(row["step"], f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats "
+                              f"({row['validation']:.1f} on validation)  {rate:,.0f} images/s")
+        common.write(last, {**work, "state": state, "history": history})
+    metrics = {"train": score(images), "test": score(data.test_images), "history": history}
+    common.write(args.out / "vae.png", draw(history, model, data, amp, generator))
+    common.save(stem, args, data, metrics, config=model.config, rows=rows,
+                model=model.state_dict())
+    last.unlink(missing_ok=True)
+    for part in ("train", "test"):
+        m = metrics[part]
+        print(f"{part:>5}: {m['reconstruction']:.1f} reconstruction + {m['kl']:.1f} KL = "
+              f"{m['negative_elbo']:.1f} nats an image (negative ELBO)")
+    if metrics["test"]["kl"] < 0.1:
+        print("the latent space has collapsed: KL below 0.1 nats; lower --beta, or train longer")
+    print(f"{args.out / 'vae.png'}\n{stem}")
+
+
+def main(argv=None) -> int:
+    import common
+    return common.guard(command, parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
