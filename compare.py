@@ -1,0 +1,450 @@
+"""Compare classifiers fairly: accuracy versus number of real images, many arms, many subsets.
+
+    python compare.py                                  # runs/glyphs: 2 sizes x 5 subsets x 3 arms
+    python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
+    python compare.py -o runs/mnist --score validation # while developing: no look at test images
+    python compare.py -o runs/mnist --vae-data all     # the VAE sees all images, without labels
+
+Every arm of one size and subset has the same images, initial weights and number of steps; the VAE
+of a cell sees only that cell's images. The last step's score counts; none is picked.
+
+Reads:  a data set (the one of vae.pt, if --dataset is not given).
+Writes: compare.json compare.csv compare.png, and cells/, from which an interrupted grid goes on.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cnn
+import common
+import hybrids
+import latent
+import vae
+
+# Letters: n real images, S subsets (seeds), an arm is one way to train the CNN.
+
+
+class Arm(NamedTuple):
+    """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
+    strategy: str = ""
+    label: str = "product"
+    fraction: float = 0.5               # of hybrids in each batch
+    residual: bool = True
+    mixup: float = 0.0                  # share of the batch that is mixed
+    cutmix: float = 0.0
+    augment: bool = False
+
+
+ARMS = {
+    "real": Arm(),
+    "augment": Arm(augment=True),
+    "mixup": Arm(mixup=0.5),
+    "cutmix": Arm(cutmix=0.5),
+    "real+hybrid": Arm("between"),
+    "hybrid only": Arm("between", fraction=1.0),
+    "prior hybrid": Arm("prior", "density"),            # the idea as first stated
+    "augment+mixup": Arm(mixup=0.5, augment=True),
+    "augment+hybrid": Arm("between", augment=True),
+    # Controls: where does a gain come from?
+    "weight labels": Arm("between", "weight"),
+    "density labels": Arm("between", "density"),
+    "no residual": Arm("between", residual=False),
+    "mixup, density labels": Arm("pixels", "product"),  # the same pairs, mixed as images
+    "reconstructions": Arm("around", "weight", residual=False),
+    "latent posterior": Arm("posterior"),               # no CNN at all
+}
+STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
+BATCH, LATENT_DIM, POOL = 64, 16, 20_000                # POOL: hybrids made for a cell, at most
+
+
+def cnn_steps(n: int) -> int:
+    return next((steps for size, steps in STEPS.items() if n <= size), 2400)
+
+
+# ---- one cell --------------------------------------------------------------------------------
+
+def train_vae(images, seed, *, steps, latent_dim, amp):
+    """A VAE of uint8 images (n,C,H,W), and nothing else."""
+    device = images.device
+    torch.manual_seed(seed)
+    model = vae.VAE(*images.shape[1:], latent_dim=latent_dim)
+    model = model.to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def next_batch(g):
+        rows = torch.randint(len(images), (BATCH,), device=device, generator=g)
+        return images[rows].float() / 255
+
+    for _ in vae.fit(model, next_batch, steps=steps, rounds=1, amp=amp, generator=generator):
+        pass
+    return model.eval()
+
+
+class Source:
+    """The hybrids of one cell: its n images, their codes, its posterior; pools are made once."""
+
+    def __init__(self, model, images, y, classes, seed, count, amp):
+        self.images, self.y, self.classes, self.count, self.seed = images, y, classes, count, seed
+        self.mu, self.logvar = vae.encode_all(model, images, amp)
+        self.decode = lambda z: vae.decode_all(model, z, amp)
+        self.encode = lambda x: vae.encode_all(model, x, amp)
+        self.posterior = latent.teach(self.mu, self.logvar, y, classes)
+        self.pools = {}
+
+    def pool(self, arm: Arm):
+        """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
+        key = arm.strategy, arm.label, arm.residual
+        if key not in self.pools:
+            g = torch.Generator(self.mu.device).manual_seed(self.seed)
+            pixels = arm.strategy == "pixels"
+            points = hybrids.sample("between" if pixels else arm.strategy, self.count, self.mu,
+                                    self.logvar, self.y, self.posterior, g)
+            q = hybrids.label(arm.label, points, self.y, self.posterior, g)
+            if pixels:
+                x = self.images.float() / 255
+                x = torch.lerp(x[points.j], x[points.i], points.t[:, None, None, None])
+            else:
+                x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual)
+            self.pools[key] = (x * 255).round().byte(), q
+        return self.pools[key]
+
+
+def train_cnn(arm, images, y, classes, source, seed, *, steps, width, weight_decay, amp):
+    """The CNN of one arm on n real images (and hybrids from `source`)."""
+    device, real = images.device, (images, F.one_hot(y, classes).float())
+    transforms = []
+    if arm.mixup:
+        transforms.append(lambda x, q, g: cnn.mixup(x, q, g, fraction=arm.mixup))
+    if arm.cutmix:
+        transforms.append(lambda x, q, g: cnn.cutmix(x, q, g, fraction=arm.cutmix))
+    if arm.augment:
+        transforms.append(cnn.affine if images.shape[1] == 1 else cnn.flip_crop)
+    made = source.pool(arm) if arm.strategy else None
+    torch.manual_seed(seed)                             # the same initial weights for every arm
+    blocks = 3 if max(images.shape[2:]) <= 32 else 4
+    model = cnn.CNN(images.shape[1], classes, width, blocks)
+    model = model.to(device, memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(seed)
+    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms), steps=steps,
+                     weight_decay=weight_decay, rounds=1, amp=amp, generator=generator):
+        pass
+    return model
+
+
+def corrupt(images, seed=0):
+    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
+    x = images.float() / 255
+    g = torch.Generator(x.device).manual_seed(seed)
+    noisy = x + 0.15 * torch.randn(x.shape, device=x.device, generator=g)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    shifted = F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]
+    return {name: (v.clamp(0, 1) * 255).round().byte()
+            for name, v in (("noise", noisy), ("blur", blurred), ("shift", shifted))}
+
+
+def judge(logits_of, images, y, held, held_y) -> dict:
+    """Scores on images, plain and after one temperature fitted on held-out images."""
+    logits = logits_of(images)
+    result = latent.scores(logits.softmax(1), y)
+    held_logits = logits_of(held)
+    nll = lambda t: F.cross_entropy(held_logits / t, held_y).item()
+    best = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
+    scaled = latent.scores((logits / best).softmax(1), y)
+    result.update(temperature=best, scaled_nll=scaled["nll"], scaled_ece=scaled["ece"])
+    for name, harder in corrupt(images[:2000]).items():
+        right = logits_of(harder).argmax(1) == y[:2000]
+        result[name] = right.float().mean().item()
+    return result
+
+
+def cell_file(folder, n, seed, arm, recipe):
+    mark = hashlib.sha256(json.dumps([n, ARMS[arm], recipe], sort_keys=True).encode())
+    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark.hexdigest()[:10]}.json"
+
+
+def run_cells(data, n, seed, arms, recipe, folder, amp, shared_vae=None):
+    """Train and score the missing arms of one size and subset; each leaves one small file."""
+    recipe = recipe[n]
+    files = {arm: cell_file(folder, n, seed, arm, recipe) for arm in arms}
+    todo = [arm for arm in arms if not files[arm].exists()]
+    device, classes, source = data.images.device, len(data.classes), None
+    try:
+        pool, validation = common.split(data)
+        rows = common.subset(data, pool, n, seed).to(device)
+        held = validation[torch.linspace(0, len(validation) - 1, min(1000, len(validation))).long()]
+        held = held.to(device)
+        x, y = data.images[rows], data.labels[rows]
+        images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
+            (data.images[validation.to(device)], data.labels[validation.to(device)])
+        if any(ARMS[arm].strategy for arm in todo):
+            model = shared_vae or train_vae(x, seed, steps=recipe["vae_steps"], amp=amp,
+                                            latent_dim=recipe["latent_dim"])
+            source = Source(model, x, y, classes, seed, min(POOL, BATCH * recipe["steps"]),
+                            amp)
+        for arm in todo:
+            if ARMS[arm].strategy == "posterior":
+                logits_of = lambda v: source.posterior(*source.encode(v)).clamp(min=1e-9).log()
+            else:
+                model = train_cnn(ARMS[arm], x, y, classes, source, seed, amp=amp,
+                                  steps=recipe["steps"], width=recipe["width"],
+                                  weight_decay=recipe["weight_decay"])
+                logits_of = lambda v: cnn.predict(model, v, amp)
+            scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
+            common.write(files[arm], {"n": n, "seed": seed, "arm": arm, **scored})
+    except (ArithmeticError, RuntimeError, common.Mistake) as error:
+        return f"n={n} subset {seed}: {str(error).splitlines()[0]}"     # the grid goes on
+    return None
+
+
+# ---- the grid --------------------------------------------------------------------------------
+
+_worker = {}                                            # what a process of the grid was given
+
+
+def _enter(values):
+    """Start of a process: one thread, so that a result does not depend on what runs beside it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's business
+    torch.set_num_threads(values.pop("threads"))
+    _worker.update(values)
+
+
+def _work(unit):
+    return unit, run_cells(n=unit[0], seed=unit[1], **_worker)
+
+
+def run_grid(units, values, jobs, progress):
+    """All units, in `jobs` processes or in this one; -> the reasons of those that failed."""
+    failed, done, per_unit = [], 0, len(values["arms"])
+    if jobs == 1:
+        torch.set_num_threads(values.pop("threads"))
+        _worker.update(values)
+        results, pool = map(_work, units), None
+    else:
+        pool = torch.multiprocessing.get_context("spawn").Pool(jobs, _enter, [values])
+        results = pool.imap_unordered(_work, units)
+    try:
+        for (n, seed), reason in results:
+            done += per_unit
+            failed += [reason] if reason else []
+            progress(done, reason or f"n={n} subset {seed}")
+    finally:
+        if pool:
+            pool.terminate()
+            pool.join()
+    return failed
+
+
+# ---- statistics ------------------------------------------------------------------------------
+
+def t_quantile(df: int, p=0.975) -> float:
+    """Of Student's t: with t = sqrt(df) tan(a), the density of a is cos(a)^(df-1)."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    mass = np.cumsum(np.maximum(np.cos(angle), 0) ** (df - 1))
+    return math.sqrt(df) * math.tan(np.interp(p * mass[-1], mass, angle))
+
+
+def interval(values):
+    """Mean and half-width of its 95% t interval; None for the width of a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), None
+    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def sign_flip_p(differences):
+    """Two-sided exact p of a mean difference: all 2^S signs; None below 6 pairs or above 16."""
+    d = np.asarray(differences, dtype=float)
+    if not 6 <= len(d) <= 16:
+        return None
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
+    return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12))
+
+
+def holm(ps):
+    """Holm's step-down correction of p values, in their own order."""
+    order, worst, out = sorted(range(len(ps)), key=ps.__getitem__), 0.0, [0.0] * len(ps)
+    for rank, k in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
+        out[k] = worst
+    return out
+
+
+def summarise(rows, base="real"):
+    """One entry a size and arm: mean, interval, and the paired difference to `base`, in points."""
+    by = {(r["n"], r["seed"], r["arm"]): r for r in rows}
+    table = []
+    for n in sorted({r["n"] for r in rows}):
+        for arm in ARMS:
+            own = [r for r in rows if r["n"] == n and r["arm"] == arm]
+            if not own:
+                continue
+            mean, half = interval([100 * r["accuracy"] for r in own])
+            entry = {"n": n, "arm": arm, "subsets": len(own), "accuracy": mean, "half": half,
+                     **{k: float(np.mean([r[k] for r in own])) for k in
+                        ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")}}
+            pairs = [100 * (r["accuracy"] - by[n, r["seed"], base]["accuracy"]) for r in own
+                     if (n, r["seed"], base) in by]
+            if arm != base and pairs:
+                gain, gain_half = interval(pairs)
+                entry.update(gain=gain, gain_half=gain_half, p=sign_flip_p(pairs))
+            table.append(entry)
+    tested = [e for e in table if e.get("p") is not None]
+    for entry, p in zip(tested, holm([e["p"] for e in tested])):
+        entry["p_holm"] = p
+    return table
+
+
+def verdict(entry) -> str:
+    """What a difference to `real` shows, in a word or two."""
+    if "gain" not in entry:
+        return ""
+    gain, half = entry["gain"], entry["gain_half"]
+    if half is None or abs(gain) <= half:
+        return "inconclusive"
+    return "better than real" if gain > 0 else "worse than real"
+
+
+# ---- command ---------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = common.flags("compare.py", __doc__)
+    add = parser.add_argument_group("the grid").add_argument
+    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], metavar="N",
+        help="numbers of real images")
+    add("--seeds", type=common.number(int, 1), default=5, help="how many subsets, each a seed")
+    add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
+        metavar="ARM", help="of: " + ", ".join(ARMS))
+    add("--score", choices=["test", "validation"], default="test", help="which images judge")
+    add("--vae-data", choices=["subset", "all"], default="subset",
+        help="the VAE sees the cell's n images, or all of them without labels")
+    add("--steps", type=common.number(int, 1), help="of every CNN; without it "
+        + ", ".join(f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400")
+    add("--width", type=common.number(int, 1, 1024), default=32, help="channels of a CNN's first "
+        "block")
+    add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
+    add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
+    add("--latent-dim", type=common.number(int, 1, 512), default=LATENT_DIM, help="latent size")
+    add("--jobs", type=common.number(int, 1), help="cells at once, a process of one thread each; "
+        "without it one a core, and one on a GPU")
+    return parser.parse_args(argv)
+
+
+def draw(table, rows, facts, args):
+    """Accuracy versus n, and the paired gain over `real`."""
+    fig = common.figure(13, 5.6)
+    left, right = fig.subplots(1, 2)
+    arms = [arm for arm in ARMS if any(e["arm"] == arm for e in table)]
+    for k, arm in enumerate(arms):
+        look = dict(color=common.COLOURS[k % 10], marker=common.MARKERS[k % 10], ms=6,
+                    linestyle=("-", "--", ":", "-.")[k % 4], label=arm)
+        own = [e for e in table if e["arm"] == arm]
+        shift = 1 + 0.035 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
+        at = [e["n"] * shift for e in own]
+        left.errorbar(at, [e["accuracy"] for e in own], [e["half"] or 0 for e in own], capsize=3,
+                      **look)
+        dots = [r for r in rows if r["arm"] == arm]
+        left.scatter([r["n"] * shift for r in dots], [100 * r["accuracy"] for r in dots], s=9,
+                     color=look["color"], alpha=0.5, linewidths=0)
+        if arm != "real" and all("gain" in e for e in own):
+            right.errorbar(at, [e["gain"] for e in own], [e["gain_half"] or 0 for e in own],
+                           capsize=3, **look)
+    right.axhline(0, color="black", lw=0.8)
+    what = "labelled images" if args.vae_data == "all" else "real images"
+    subsets = max(e["subsets"] for e in table)
+    common.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
+                f"{args.score} accuracy, %")
+    common.tidy(right, "How much better than real images alone?", what,
+                "paired difference, percentage points")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        sizes = sorted({e["n"] for e in table})
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axes.minorticks_off()
+    left.legend(frameon=False, fontsize=9)
+    fig.supxlabel(f"{subsets} subsets; dots are subsets, bars 95% t intervals"
+                  + ("; the VAE saw all images, unlabelled" if args.vae_data == "all" else ""),
+                  fontsize=8, color="0.35")
+    return fig
+
+
+def report(table):
+    """The closing table."""
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>15}{'gain over real':>17}{'NLL':>7}{'ECE':>7}")
+    for e in table:
+        spread = f" ± {e['half']:.1f}" if e["half"] is not None else ""
+        gain = f"{e['gain']:+.1f}" + (f" ± {e['gain_half']:.1f}" if e["gain_half"] is not None
+                                      else "") if "gain" in e else ""
+        print(f"{e['n']:6,}  {e['arm']:22}{e['accuracy']:8.1f}{spread:7}{gain:>17}{e['nll']:7.3f}"
+              f"{e['ece']:7.3f}  {verdict(e)}")
+    for e in table:
+        if e["arm"] == "real+hybrid" and "gain" in e:
+            print(f"n={e['n']:,}: hybrids change accuracy by {e['gain']:+.1f} points "
+                  f"({e['subsets']} subsets): {verdict(e)}")
+
+
+def command(args):
+    device, amp = common.start(args)
+    upstream = None if args.dataset or not (args.out / "vae.pt").exists() else \
+        common.load(args, "vae")
+    data = common.load_dataset(args, device, upstream)
+    pool, _ = common.split(data)
+    sizes = sorted(set(args.sizes))
+    common.subset(data, pool, sizes[-1], 0)              # too large a size is said now
+    facts = data.facts(args)
+    recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "score": args.score,
+              "vae_data": args.vae_data, "latent_dim": args.latent_dim, "amp": amp,
+              "vae_steps": args.vae_steps, "width": args.width, "weight_decay": args.weight_decay}
+    folder = args.out / "cells"
+    folder.mkdir(exist_ok=True)
+    arms = [arm for arm in ARMS if arm in args.arms]     # one order, whatever was typed
+    seeds = range(args.seed, args.seed + args.seeds)
+    own = {n: {**recipe, "steps": args.steps or cnn_steps(n)} for n in sizes}
+    found = lambda n, seed: [f for arm in arms
+                             if (f := cell_file(folder, n, seed, arm, own[n])).exists()]
+    units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
+    jobs = min(args.jobs or (1 if device.type != "cpu" else os.cpu_count()), len(units) or 1)
+    shared = None
+    if args.vae_data == "all" and units:
+        shared = train_vae(data.images[pool.to(device)], args.seed, steps=args.vae_steps, amp=amp,
+                           latent_dim=args.latent_dim)
+    progress = common.Progress(len(units) * len(arms), "cells", args.quiet)
+    values = {"data": data, "arms": arms, "recipe": own, "folder": folder, "amp": amp,
+              "shared_vae": shared, "threads": args.threads or 1}
+    failed = run_grid(units, values, jobs, progress) if units else []
+    rows = [json.loads(f.read_text()) for n in sizes for seed in seeds for f in found(n, seed)]
+    for reason in failed:
+        print(f"failed: {reason}")
+    if not rows:
+        raise common.Mistake("no cell of the grid could be computed")
+    table = summarise(rows)
+    keys = sorted(set().union(*rows), key=list(rows[0]).index)
+    common.write(args.out / "compare.csv", "\n".join(
+        [",".join(keys), *(",".join(f'"{v}"' if isinstance(v := r.get(k, ""), str) else f"{v:.6g}"
+                                    for k in keys) for r in rows)]) + "\n")
+    common.write(args.out / "compare.png", draw(table, rows, facts, args))
+    common.write(args.out / "compare.json", {
+        "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipe": own,
+        "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
+        "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
+    report(table)
+    print("\n".join(str(args.out / f"compare.{end}") for end in ("png", "csv", "json")))
+
+
+def main(argv=None) -> int:
+    return common.guard(command, parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
