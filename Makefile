@@ -1,0 +1,90 @@
+# make all: train a VAE, look at its latent space, make hybrids, train a CNN on them, compare.
+# make help lists the rest. Every recipe is a command that can be typed by hand: make -n all.
+
+DATASET ?= glyphs
+DATA    ?= data
+RUN     := $(basename $(notdir $(patsubst %/,%,$(DATASET))))
+OUT     ?= runs/$(RUN)
+SIZES   ?= 100 300
+SEEDS   ?= 5
+STEPS   ?=
+DEVICE  ?= auto
+PIP_ARGS ?=
+
+# PYTHON counts from the command line only; else a virtual environment is made and used.
+ifneq ($(origin PYTHON),command line)
+PYTHON := .venv/bin/python
+READY  := .venv/ready
+TESTED := .venv/ready-test
+endif
+
+COMMON := --dataset $(DATASET) --data-dir $(DATA) -o $(OUT) --device $(DEVICE)
+LATER  := -o $(OUT) --device $(DEVICE)
+STEP   := $(if $(STEPS),--steps $(STEPS))
+
+# What each step depends on besides its files; a stamp is rewritten only when this changes.
+vae_settings     := $(COMMON) $(STEP) $(VAE_FLAGS)
+latent_settings  := $(LATER)
+hybrids_settings := $(LATER) $(HYBRID_FLAGS)
+cnn_settings     := $(LATER) $(STEP)
+compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) $(STEP) $(COMPARE_FLAGS)
+
+.DELETE_ON_ERROR:
+.PHONY: all quick test clean help evidence FORCE
+
+all: $(OUT)/compare.json
+
+$(OUT)/vae.pt: vae.py $(OUT)/.vae.stamp | $(READY)
+	$(PYTHON) vae.py $(vae_settings) --resume
+
+$(OUT)/latent.pt: latent.py $(OUT)/vae.pt $(OUT)/.latent.stamp | $(READY)
+	$(PYTHON) latent.py $(latent_settings)
+
+$(OUT)/hybrids.pt: hybrids.py $(OUT)/latent.pt $(OUT)/.hybrids.stamp | $(READY)
+	$(PYTHON) hybrids.py $(hybrids_settings)
+
+$(OUT)/cnn.pt: cnn.py $(OUT)/hybrids.pt $(OUT)/.cnn.stamp | $(READY)
+	$(PYTHON) cnn.py $(cnn_settings) --resume
+
+# After cnn.pt, so that the grid has the cores to itself under make -j.
+$(OUT)/compare.json: compare.py $(OUT)/cnn.pt $(OUT)/.compare.stamp | $(READY)
+	$(PYTHON) compare.py $(compare_settings)
+
+$(OUT)/.%.stamp: FORCE
+	@mkdir -p $(OUT)
+	@echo '$($*_settings)' | cmp -s - $@ || echo '$($*_settings)' > $@
+
+quick:
+	@$(MAKE) --no-print-directory all OUT=$(if $(filter runs/$(RUN),$(OUT)),runs/quick,$(OUT)) \
+	  SIZES=20 SEEDS=2 STEPS=20 VAE_FLAGS='--images 300' HYBRID_FLAGS='--count 200' \
+	  COMPARE_FLAGS='--vae-steps 20'
+
+test: $(TESTED)
+	$(PYTHON) -m pytest -q test_all.py
+
+# Hours: sizes 100 300 1000 on 10 subsets, all arms. It goes on where it was stopped.
+evidence: $(READY)
+	$(PYTHON) compare.py $(COMMON) --sizes 100 300 1000 --seeds 10 --arms real augment mixup \
+	  real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
+
+.venv/ready: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q $(PIP_ARGS) -r requirements.txt
+	touch $@
+
+.venv/ready-test: .venv/ready
+	.venv/bin/python -m pip install -q $(PIP_ARGS) pytest
+	touch $@
+
+clean:
+	rm -rf runs/*
+
+help:
+	@echo 'make all       the whole chain into $(OUT)'
+	@echo 'make quick     the same in seconds, smallest sizes, into runs/quick'
+	@echo 'make test      the tests'
+	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
+	@echo 'make clean     remove everything below runs/'
+	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
+	@echo '           STEPS=$(STEPS) DEVICE=$(DEVICE) PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
+	@echo 'Example:   make all DATASET=mnist SIZES="100 1000" SEEDS=10'
