@@ -10,7 +10,6 @@ Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
 """
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -242,12 +241,12 @@ def draw(history, q, y, classes):
 def answer(args):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
-    from latent import words
+    from vae import read_like
     saved = common.load(args, "cnn")
     model, classes = CNN(**saved["config"]), saved["dataset"]["classes"]
     model.load_state_dict(saved["model"])
     if not args.predict.is_dir():
-        image, how = common.read_like(args.predict, saved["dataset"])
+        image, how = read_like(args.predict, saved["dataset"])
         print(how)
         q = predict(model, image)[0].softmax(0)
         for c in q.argsort(descending=True).tolist():
@@ -259,7 +258,7 @@ def answer(args):
     quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
     print("file,likeliest," + ",".join(quoted))
     for file in files:
-        q = predict(model, common.read_like(file, saved["dataset"])[0])[0].softmax(0)
+        q = predict(model, read_like(file, saved["dataset"])[0])[0].softmax(0)
         name = str(file).replace('"', '""')
         print(f'"{name}",{quoted[int(q.argmax())]},' + ",".join(f"{p:.4f}" for p in q.tolist()))
 
@@ -267,6 +266,7 @@ def answer(args):
 def command(args):
     import common
     from latent import scores
+    from vae import Progress, resume
     device, amp = common.start(args)
     if args.predict:
         return answer(args)
@@ -292,9 +292,9 @@ def command(args):
     stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"
     work = {"settings": common.settings(args), "dataset": data.facts(args),
             "made_from": [common.fingerprint(f) for f in made_from]}
-    state, history = common.resume(args, last, work)
-    log = common.Log(args.out / "cnn.log.jsonl", fresh=not state)
-    progress = common.Progress(args.steps, "cnn", args.quiet, done=state["step"] if state else 0)
+    state, history = resume(args, last, work)
+    progress = Progress(args.steps, "cnn", args.quiet, state["step"] if state else 0,
+                        args.out / "cnn.log.jsonl")
     for row in fit(model, batches(real, args.batch_size, made, args.hybrid_fraction, transforms),
                    steps=args.steps, lr=args.lr, weight_decay=args.weight_decay, amp=amp,
                    generator=generator, state=state):
@@ -302,9 +302,8 @@ def command(args):
         q = predict(model, data.images[validation], amp).softmax(1)
         row["validation"] = scores(q, data.labels[validation])["accuracy"]
         history.append(row)
-        log({"step": row["step"], "images_per_second": rate})
         progress(row["step"], f"loss {row['loss']:.3f}  validation {row['validation']:.1%}  "
-                              f"{rate:,.0f} images/s")
+                              f"{rate:,.0f} images/s", images_per_second=rate)
         common.write(last, {**work, "state": state, "history": history})
     q = predict(model, data.test_images, amp).softmax(1)
     metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}

@@ -13,7 +13,6 @@ Writes: compare.json compare.csv compare.png, and cells/, from which an interrup
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -419,7 +418,7 @@ def command(args):
     if args.vae_data == "all" and units:
         shared = train_vae(data.images[pool.to(device)], args.seed, steps=args.vae_steps, amp=amp,
                            latent_dim=args.latent_dim)
-    progress = common.Progress(len(units) * len(arms), "cells", args.quiet)
+    progress = vae.Progress(len(units) * len(arms), "cells", args.quiet)
     values = {"data": data, "arms": arms, "recipe": own, "folder": folder, "amp": amp,
               "shared_vae": shared, "threads": args.threads or 1}
     failed = run_grid(units, values, jobs, progress) if units else []

@@ -9,7 +9,6 @@ Writes: latent.pt latent.json latent.png.
 """
 from __future__ import annotations
 
-import argparse
 import math
 
 import torch
@@ -364,7 +363,7 @@ def draw_reliability(axes, curves):
 def answer(args):
     """Print the percentages of --image or of --point, from latent.pt."""
     import common
-    from vae import VAE, encode_all
+    from vae import VAE, encode_all, read_like
     saved = common.load(args, "latent")
     kind = {"aggregate": Aggregate, "gaussian": Gaussian}[args.estimator]
     posterior = kind(**saved["calibrated"][args.estimator])
@@ -378,7 +377,7 @@ def answer(args):
             raise common.Mistake(f"--point takes {dim} finite numbers here; got {args.point}")
         q = posterior(z)[0]
     else:
-        image, how = common.read_like(args.image, saved["dataset"])
+        image, how = read_like(args.image, saved["dataset"])
         model = VAE(**(upstream := common.load(args, "vae"))["config"])
         model.load_state_dict(upstream["model"])
         print(how)

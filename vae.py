@@ -9,9 +9,11 @@ Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it works.
 """
 from __future__ import annotations
 
-import argparse
+import json
 import math
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +153,73 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
 
+# ---- what the scripts after this one use as well ---------------------------------------------
+
+class Progress:
+    """What is done, and the time left: one rewriting line on a terminal, plain lines in a file."""
+
+    def __init__(self, total, what, quiet=False, done=0, log: Path | None = None):
+        self.total, self.what, self.quiet, self.log = total, what, quiet, log
+        self.first, self.start = done, time.monotonic()
+        if log and not done:
+            log.write_text("")
+
+    def __call__(self, done, words="", **row):
+        spent = time.monotonic() - self.start
+        left = spent / max(done - self.first, 1) * (self.total - done)
+        when = f"{clock(left)} left" if done < self.total else f"in {clock(spent)}"
+        live = sys.stderr.isatty()
+        if not self.quiet:
+            print("\r\x1b[K" * live + f"{self.what} {done:,}/{self.total:,}  {words}  {when}",
+                  end="\n" if done >= self.total or not live else "", file=sys.stderr, flush=True)
+        if self.log:                    # rates and times, which differ from run to run
+            with self.log.open("a") as file:
+                file.write(json.dumps({"step": done, **row}) + "\n")
+
+
+def clock(seconds: float) -> str:
+    """Seconds in human units: 8 s, 3:05 min, 2:10 h."""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{s} s" if not minutes else f"{minutes}:{s:02} min" if minutes < 60 else \
+        f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def resume(args, last: Path, work: dict):
+    """-> state, history of unfinished work; None, [] where there is none of the same settings."""
+    try:
+        saved = torch.load(last, map_location="cpu", weights_only=True) if args.resume else {}
+        same = all(saved[key] == value for key, value in work.items())
+        return (saved["state"], saved["history"]) if same else (None, [])
+    except Exception:                   # absent, or damaged, which is as good as absent
+        return None, []
+
+
+def picture(axes, images, columns=1, caption=""):
+    """Images (N,C,H,W), uint8 or in [0,1], side by side with a white pixel between."""
+    images = images.cpu().float() / (255 if images.dtype == torch.uint8 else 1)
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(rows * columns, c, h + 1, w + 1)
+    sheet[:n, :, :h, :w] = images
+    sheet = sheet.view(rows, columns, c, h + 1, w + 1).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * (h + 1), columns * (w + 1), c)[:-1, :-1].clamp(0, 1)
+    axes.imshow(sheet.squeeze(2), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(caption, fontsize=8, labelpad=3)
+    axes.spines[:].set_visible(False)
+
+
+def read_like(path, facts):
+    """A picture at a data set's side, channels and polarity -> uint8 (1,C,H,W), what was done."""
+    from common import border, read_image, resize
+    channels, height, width = facts["shape"]
+    array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
+    array = resize(array, (height, width)) if height != width else array
+    flip = channels == 1 and (border(array) > 127) != facts["light"]   # ink on paper, chalk on slate
+    return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
+        f"{height}x{width}" + ", inverted to the data set's background" * flip
+
+
 # ---- command ---------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -183,9 +252,9 @@ def draw(history, model, data, amp, generator):
     x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()].float() / 255
     made = decode_all(model, encode_all(model, (x * 255).byte(), amp)[0], amp)
     pairs = torch.stack([x.view(4, 8, *x.shape[1:]), made.view(4, 8, *x.shape[1:])], 1).flatten(0, 2)
-    common.picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
+    picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
     z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
-    common.picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
+    picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
     for axes, title in ((recon, "What does the code keep?"), (prior, "What does it imagine?")):
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     return fig
@@ -204,12 +273,12 @@ def command(args):
     model = model.to(device, memory_format=torch.channels_last)
     stem, last = args.out / "vae.pt", args.out / "vae.last.pt"
     work = {"settings": common.settings(args), "dataset": data.facts(args)}
-    state, history = common.resume(args, last, work)
-    log, size = common.Log(args.out / "vae.log.jsonl", fresh=not state), len(images)
-    progress = common.Progress(args.steps, "vae", args.quiet, done=state["step"] if state else 0)
+    state, history = resume(args, last, work)
+    progress = Progress(args.steps, "vae", args.quiet, state["step"] if state else 0,
+                        args.out / "vae.log.jsonl")
 
     def next_batch(g):
-        picked = torch.randint(size, (args.batch_size,), device=device, generator=g)
+        picked = torch.randint(len(images), (args.batch_size,), device=device, generator=g)
         return images[picked].float() / 255
 
     def score(part):
@@ -221,9 +290,9 @@ def command(args):
         state, rate = row.pop("state"), row.pop("images_per_second")
         row["validation"] = score(held_out)["negative_elbo"]
         history.append(row)
-        log({"step": row["step"], "images_per_second": rate})
         progress(row["step"], f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats "
-                              f"({row['validation']:.1f} on validation)  {rate:,.0f} images/s")
+                              f"({row['validation']:.1f} on validation)  {rate:,.0f} images/s",
+                 images_per_second=rate)
         common.write(last, {**work, "state": state, "history": history})
     metrics = {"train": score(images), "test": score(data.test_images), "history": history}
     common.write(args.out / "vae.png", draw(history, model, data, amp, generator))
