@@ -241,6 +241,7 @@ def draw(history, q, y, classes):
 def answer(args):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
+    from latent import ranking
     from vae import read_like
     saved = common.load(args, "cnn")
     model, classes = CNN(**saved["config"]), saved["dataset"]["classes"]
@@ -248,10 +249,7 @@ def answer(args):
     if not args.predict.is_dir():
         image, how = read_like(args.predict, saved["dataset"])
         print(how)
-        q = predict(model, image)[0].softmax(0)
-        for c in q.argsort(descending=True).tolist():
-            print(f"{100 * q[c]:5.1f}%  {classes[c]}")
-        return
+        return print(ranking(predict(model, image)[0].softmax(0), classes))
     files = sorted(f for f in args.predict.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
     if not files:
         raise common.Mistake(f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")

@@ -2,7 +2,6 @@
 
     python compare.py                                  # runs/glyphs: 2 sizes x 5 subsets x 3 arms
     python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
-    python compare.py -o runs/mnist --score validation # while developing: no look at test images
     python compare.py -o runs/mnist --vae-data all     # the VAE sees all images, without labels
 
 Every arm of one size and subset has the same images, initial weights and number of steps; the VAE
@@ -13,12 +12,14 @@ Writes: compare.json compare.csv compare.png, and cells/, from which an interrup
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import signal
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -59,16 +60,12 @@ ARMS = {
     "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "mixup, density labels": Arm("pixels", "product"),  # the same pairs, mixed as images
+    "mixup density labels": Arm("pixels", "product"),  # the same pairs, mixed as images
     "reconstructions": Arm("around", "weight", residual=False),
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, LATENT_DIM, POOL = 64, 16, 20_000                # POOL: hybrids made for a cell, at most
-
-
-def cnn_steps(n: int) -> int:
-    return next((steps for size, steps in STEPS.items() if n <= size), 2400)
 
 
 # ---- one cell --------------------------------------------------------------------------------
@@ -110,11 +107,9 @@ class Source:
             points = hybrids.sample("between" if pixels else arm.strategy, self.count, self.mu,
                                     self.logvar, self.y, self.posterior, g)
             q = hybrids.label(arm.label, points, self.y, self.posterior, g)
-            if pixels:
-                x = self.images.float() / 255
-                x = torch.lerp(x[points.j], x[points.i], points.t[:, None, None, None])
-            else:
-                x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual)
+            # Decoding a constant leaves the sources themselves as what the decoder lost: mixup.
+            decode = (lambda z: torch.zeros(1, device=z.device)) if pixels else self.decode
+            x = hybrids.render(points, decode, self.mu, self.images, arm.residual)
             self.pools[key] = (x * 255).round().byte(), q
         return self.pools[key]
 
@@ -122,17 +117,13 @@ class Source:
 def train_cnn(arm, images, y, classes, source, seed, *, steps, width, weight_decay, amp):
     """The CNN of one arm on n real images (and hybrids from `source`)."""
     device, real = images.device, (images, F.one_hot(y, classes).float())
-    transforms = []
-    if arm.mixup:
-        transforms.append(lambda x, q, g: cnn.mixup(x, q, g, fraction=arm.mixup))
-    if arm.cutmix:
-        transforms.append(lambda x, q, g: cnn.cutmix(x, q, g, fraction=arm.cutmix))
-    if arm.augment:
-        transforms.append(cnn.affine if images.shape[1] == 1 else cnn.flip_crop)
+    transforms = [t for t, on in (
+        (lambda x, q, g: cnn.mixup(x, q, g, fraction=arm.mixup), arm.mixup),
+        (lambda x, q, g: cnn.cutmix(x, q, g, fraction=arm.cutmix), arm.cutmix),
+        (cnn.affine if images.shape[1] == 1 else cnn.flip_crop, arm.augment)) if on]
     made = source.pool(arm) if arm.strategy else None
     torch.manual_seed(seed)                             # the same initial weights for every arm
-    blocks = 3 if max(images.shape[2:]) <= 32 else 4
-    model = cnn.CNN(images.shape[1], classes, width, blocks)
+    model = cnn.CNN(images.shape[1], classes, width, 3 if max(images.shape[2:]) <= 32 else 4)
     model = model.to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(seed)
     for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms), steps=steps,
@@ -154,35 +145,39 @@ def corrupt(images, seed=0):
 
 def judge(logits_of, images, y, held, held_y) -> dict:
     """Scores on images, plain and after one temperature fitted on held-out images."""
-    logits = logits_of(images)
-    result = latent.scores(logits.softmax(1), y)
-    held_logits = logits_of(held)
-    nll = lambda t: F.cross_entropy(held_logits / t, held_y).item()
-    best = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
+    logits, held_logits = logits_of(images), logits_of(held)
+    best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
+               key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
     scaled = latent.scores((logits / best).softmax(1), y)
-    result.update(temperature=best, scaled_nll=scaled["nll"], scaled_ece=scaled["ece"])
-    for name, harder in corrupt(images[:2000]).items():
-        right = logits_of(harder).argmax(1) == y[:2000]
-        result[name] = right.float().mean().item()
-    return result
+    return {**latent.scores(logits.softmax(1), y), "temperature": best,
+            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
+            **{name: (logits_of(harder).argmax(1) == y[:2000]).float().mean().item()
+               for name, harder in corrupt(images[:2000]).items()}}
 
 
 def cell_file(folder, n, seed, arm, recipe):
-    mark = hashlib.sha256(json.dumps([n, ARMS[arm], recipe], sort_keys=True).encode())
-    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark.hexdigest()[:10]}.json"
+    mark = hashlib.sha256(json.dumps([ARMS[arm], recipe], sort_keys=True).encode()).hexdigest()
+    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark[:10]}.json"
 
 
-def run_cells(data, n, seed, arms, recipe, folder, amp, shared_vae=None):
-    """Train and score the missing arms of one size and subset; each leaves one small file."""
-    recipe = recipe[n]
+def read_cell(file):
+    """The row of a cell, or None: absent, or damaged, which is as good as absent."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def run_cells(unit, *, data, arms, recipes, folder, amp, shared_vae):
+    """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
+    (n, seed), recipe = unit, recipes[unit[0]]
     files = {arm: cell_file(folder, n, seed, arm, recipe) for arm in arms}
-    todo = [arm for arm in arms if not files[arm].exists()]
+    todo = [arm for arm in arms if read_cell(files[arm]) is None]
     device, classes, source = data.images.device, len(data.classes), None
     try:
         pool, validation = common.split(data)
         rows = common.subset(data, pool, n, seed).to(device)
-        held = validation[torch.linspace(0, len(validation) - 1, min(1000, len(validation))).long()]
-        held = held.to(device)
+        held = validation[latent.spread(len(validation), 1000)].to(device)
         x, y = data.images[rows], data.labels[rows]
         images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
             (data.images[validation.to(device)], data.labels[validation.to(device)])
@@ -202,40 +197,29 @@ def run_cells(data, n, seed, arms, recipe, folder, amp, shared_vae=None):
             scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
             common.write(files[arm], {"n": n, "seed": seed, "arm": arm, **scored})
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
-        return f"n={n} subset {seed}: {str(error).splitlines()[0]}"     # the grid goes on
-    return None
+        return unit, str(error).splitlines()[0]         # the grid goes on
+    return unit, None
 
 
 # ---- the grid --------------------------------------------------------------------------------
 
-_worker = {}                                            # what a process of the grid was given
-
-
-def _enter(values):
-    """Start of a process: one thread, so that a result does not depend on what runs beside it."""
+def enter(threads):
+    """Start of a process: its threads are fixed, so a result does not depend on what runs beside."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's business
-    torch.set_num_threads(values.pop("threads"))
-    _worker.update(values)
+    torch.set_num_threads(threads)
 
 
-def _work(unit):
-    return unit, run_cells(n=unit[0], seed=unit[1], **_worker)
-
-
-def run_grid(units, values, jobs, progress):
-    """All units, in `jobs` processes or in this one; -> the reasons of those that failed."""
-    failed, done, per_unit = [], 0, len(values["arms"])
-    if jobs == 1:
-        torch.set_num_threads(values.pop("threads"))
-        _worker.update(values)
-        results, pool = map(_work, units), None
+def run_grid(units, work, jobs, threads, progress):
+    """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
+    failed, pool = [], None
+    if jobs > 1:
+        pool = torch.multiprocessing.get_context("spawn").Pool(jobs, enter, [threads])
     else:
-        pool = torch.multiprocessing.get_context("spawn").Pool(jobs, _enter, [values])
-        results = pool.imap_unordered(_work, units)
+        torch.set_num_threads(threads)
     try:
-        for (n, seed), reason in results:
-            done += per_unit
-            failed += [reason] if reason else []
+        results = pool.imap_unordered(work, units) if pool else map(work, units)
+        for done, ((n, seed), reason) in enumerate(results, 1):
+            failed += [f"n={n} subset {seed}: {reason}"] if reason else []
             progress(done, reason or f"n={n} subset {seed}")
     finally:
         if pool:
@@ -305,11 +289,8 @@ def summarise(rows, base="real"):
     return table
 
 
-def verdict(entry) -> str:
-    """What a difference to `real` shows, in a word or two."""
-    if "gain" not in entry:
-        return ""
-    gain, half = entry["gain"], entry["gain_half"]
+def verdict(gain, half) -> str:
+    """What a difference to `real` and its half-width show."""
     if half is None or abs(gain) <= half:
         return "inconclusive"
     return "better than real" if gain > 0 else "worse than real"
@@ -320,8 +301,7 @@ def verdict(entry) -> str:
 def parse_args(argv=None):
     parser = common.flags("compare.py", __doc__)
     add = parser.add_argument_group("the grid").add_argument
-    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], metavar="N",
-        help="numbers of real images")
+    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], help="real images")
     add("--seeds", type=common.number(int, 1), default=5, help="how many subsets, each a seed")
     add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
         metavar="ARM", help="of: " + ", ".join(ARMS))
@@ -372,34 +352,30 @@ def draw(table, rows, facts, args):
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
-    fig.supxlabel(f"{subsets} subsets; dots are subsets, bars 95% t intervals"
-                  + ("; the VAE saw all images, unlabelled" if args.vae_data == "all" else ""),
-                  fontsize=8, color="0.35")
+    fig.supxlabel(f"{subsets} subsets, each a dot; bars: 95% t intervals" + "; the VAE saw all "
+                  "images, unlabelled" * (args.vae_data == "all"), fontsize=8, color="0.35")
     return fig
 
 
 def report(table):
-    """The closing table."""
-    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>15}{'gain over real':>17}{'NLL':>7}{'ECE':>7}")
+    """The closing table, and the answer in words."""
+    pm = lambda mean, half, sign="": f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'gain over real':>16}{'NLL':>8}{'ECE':>7}")
     for e in table:
-        spread = f" ± {e['half']:.1f}" if e["half"] is not None else ""
-        gain = f"{e['gain']:+.1f}" + (f" ± {e['gain_half']:.1f}" if e["gain_half"] is not None
-                                      else "") if "gain" in e else ""
-        print(f"{e['n']:6,}  {e['arm']:22}{e['accuracy']:8.1f}{spread:7}{gain:>17}{e['nll']:7.3f}"
-              f"{e['ece']:7.3f}  {verdict(e)}")
-    for e in table:
-        if e["arm"] == "real+hybrid" and "gain" in e:
-            print(f"n={e['n']:,}: hybrids change accuracy by {e['gain']:+.1f} points "
-                  f"({e['subsets']} subsets): {verdict(e)}")
+        gain = (e["gain"], e["gain_half"]) if "gain" in e else None
+        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['half']):>14}"
+              f"{pm(*gain, '+') if gain else '':>16}{e['nll']:8.3f}{e['ece']:7.3f}"
+              f"  {verdict(*gain) if gain else ''}")
+    for e in (e for e in table if e["arm"] == "real+hybrid" and "gain" in e):
+        print(f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
+              f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}")
 
 
 def command(args):
     device, amp = common.start(args)
-    upstream = None if args.dataset or not (args.out / "vae.pt").exists() else \
-        common.load(args, "vae")
-    data = common.load_dataset(args, device, upstream)
-    pool, _ = common.split(data)
-    sizes = sorted(set(args.sizes))
+    known = not args.dataset and (args.out / "vae.pt").exists()
+    data = common.load_dataset(args, device, common.load(args, "vae") if known else None)
+    (pool, _), sizes = common.split(data), sorted(set(args.sizes))
     common.subset(data, pool, sizes[-1], 0)              # too large a size is said now
     facts = data.facts(args)
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "score": args.score,
@@ -409,32 +385,33 @@ def command(args):
     folder.mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]     # one order, whatever was typed
     seeds = range(args.seed, args.seed + args.seeds)
-    own = {n: {**recipe, "steps": args.steps or cnn_steps(n)} for n in sizes}
-    found = lambda n, seed: [f for arm in arms
-                             if (f := cell_file(folder, n, seed, arm, own[n])).exists()]
+    recipes = {n: {**recipe, "steps": args.steps or next(
+        (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
+
+    def found(n, seed):
+        rows = (read_cell(cell_file(folder, n, seed, arm, recipes[n])) for arm in arms)
+        return [row for row in rows if row]
+
     units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
     jobs = min(args.jobs or (1 if device.type != "cpu" else os.cpu_count()), len(units) or 1)
     shared = None
     if args.vae_data == "all" and units:
         shared = train_vae(data.images[pool.to(device)], args.seed, steps=args.vae_steps, amp=amp,
                            latent_dim=args.latent_dim)
-    progress = vae.Progress(len(units) * len(arms), "cells", args.quiet)
-    values = {"data": data, "arms": arms, "recipe": own, "folder": folder, "amp": amp,
-              "shared_vae": shared, "threads": args.threads or 1}
-    failed = run_grid(units, values, jobs, progress) if units else []
-    rows = [json.loads(f.read_text()) for n in sizes for seed in seeds for f in found(n, seed)]
+    work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
+                             amp=amp, shared_vae=shared)
+    failed = run_grid(units, work, jobs, args.threads or 1,
+                      vae.Progress(len(units), "subsets", args.quiet))
+    rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     for reason in failed:
-        print(f"failed: {reason}")
-    if not rows:
-        raise common.Mistake("no cell of the grid could be computed")
+        print(f"failed: {reason}", file=sys.stderr)
+    common.need(rows, f"no cell could be computed: {failed[:1]}")
     table = summarise(rows)
-    keys = sorted(set().union(*rows), key=list(rows[0]).index)
-    common.write(args.out / "compare.csv", "\n".join(
-        [",".join(keys), *(",".join(f'"{v}"' if isinstance(v := r.get(k, ""), str) else f"{v:.6g}"
-                                    for k in keys) for r in rows)]) + "\n")
+    lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
+    common.write(args.out / "compare.csv", "\n".join(lines) + "\n")
     common.write(args.out / "compare.png", draw(table, rows, facts, args))
     common.write(args.out / "compare.json", {
-        "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipe": own,
+        "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
         "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)

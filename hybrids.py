@@ -119,6 +119,28 @@ def render(points, decode, mu, images, residual=True, batch=1000):
     return torch.cat(out)
 
 
+class HybridMixer:
+    """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
+
+    encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
+    posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
+    """
+
+    def __init__(self, encode, decode, posterior, rule="product", generator=None):
+        self.encode, self.decode, self.posterior = encode, decode, posterior
+        self.rule, self.generator = rule, generator
+
+    @torch.no_grad()
+    def __call__(self, x, y):
+        mu, i = self.encode(x)[0], torch.arange(len(x), device=x.device)
+        j = partners(y, i, False, self.generator)
+        t = torch.rand(len(x), device=x.device, generator=self.generator)
+        points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
+        lost, w = x - self.decode(mu), t[:, None, None, None]
+        made = self.decode(points.z) + w * lost + (1 - w) * lost[j]
+        return made.clamp(0, 1), label(self.rule, points, y, self.posterior, self.generator)
+
+
 def entropy(q):
     """Of each row of q (M,K), in nats: 0 for one class, log K for all alike."""
     return torch.special.entr(q).sum(1)
@@ -193,12 +215,10 @@ def export(folder, x, q, classes):
 def command(args):
     import common
     from latent import Aggregate
-    from vae import VAE, decode_all, encode_all
+    from vae import decode_all, encode_all, load_vae
     device, amp = common.start(args)
-    upstream, latent = (common.load(args, kind, device) for kind in ("vae", "latent"))
+    (model, upstream), latent = load_vae(args, device), common.load(args, "latent", device)
     data = common.load_dataset(args, device, upstream)
-    model = VAE(**upstream["config"]).to(device, memory_format=torch.channels_last).eval()
-    model.load_state_dict(upstream["model"])
     posterior = Aggregate(**latent["teaching"])
     images, y = data.images[upstream["rows"].to(device)], latent["labels"]
     mu, logvar = latent["mu"], latent["logvar"]

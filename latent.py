@@ -44,6 +44,10 @@ class Posterior:
         """log(p + b) (M,K)."""
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
+    def state(self) -> dict:
+        """What the constructor takes: tensors and plain numbers."""
+        return dict(vars(self))
+
     def set_floor(self, log_density, quantile=0.01):
         """b = a low quantile of the codes' leave-one-out density, one for all classes."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
@@ -71,42 +75,36 @@ class Aggregate(Posterior):
         counts = y.bincount(minlength=classes)
         scale = counts.clamp(min=1).double().pow(-1 / (mu.shape[1] + 4)).to(mu)
         h = bandwidth * within_class_variance(mu, y, classes).sqrt() * scale[:, None]    # (K,D)
-        return cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
-
-    def state(self):
-        return {k: getattr(self, k) for k in
-                ("mu", "variance", "counts", "prior", "log_floor", "temperature")}
+        posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
+        posterior.set_floor(posterior.leave_one_out()[0])
+        return posterior
 
     def log_density(self, z, logvar=None, own=None):
         """log p(z|c) (M,K). `own` (M,): the code that each point is, left out of its class's mean.
 
         Memory is bounded: at most 2^24 (point, code) pairs are held at once.
         """
-        step = max(1, 2 ** 24 // len(self.mu))
-        parts = [self._log_density(z[i:i + step], None if logvar is None else logvar[i:i + step],
-                                   None if own is None else own[i:i + step])
-                 for i in range(0, len(z), step)]
-        return torch.cat(parts)
-
-    def _log_density(self, z, logvar, own):
-        columns, start = [], 0
+        step, columns, start = max(1, 2 ** 24 // len(self.mu)), [], 0
+        if len(z) > step:
+            return torch.cat([self.log_density(*(v if v is None else v[i:i + step]
+                                                 for v in (z, logvar, own)))
+                              for i in range(0, len(z), step)])
         for count in self.counts:
             mu, variance = self.mu[start:start + count], self.variance[start:start + count]
             terms = log_normal(z, mu, variance) if logvar is None else \
                 log_normal_images(z, logvar.exp(), mu, variance)
-            size = torch.full((len(z),), float(count), device=z.device)
+            size = torch.full_like(z[:, 0], count)
             if own is not None:
                 rows = ((own >= start) & (own < start + count)).nonzero()[:, 0]
                 terms[rows, own[rows] - start] = -math.inf
                 size[rows] -= 1
-            columns.append(terms.logsumexp(1) - size.clamp(min=1).log() if count else
-                           torch.full((len(z),), -math.inf, device=z.device))
+            columns.append(terms.logsumexp(1) - size.clamp(min=1).log())   # -inf without codes
             start += count
         return torch.stack(columns, 1)
 
     def leave_one_out(self, limit=2000):
         """log p(z_i|c) (M,K) and labels (M,) of at most `limit` of the codes, each without itself."""
-        own = torch.linspace(0, len(self.mu) - 1, min(limit, len(self.mu))).long().to(self.mu.device)
+        own = spread(len(self.mu), limit).to(self.mu.device)
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
         return self.log_density(self.mu[own], own=own), y.to(own.device)[own]
 
@@ -131,11 +129,9 @@ class Gaussian(Posterior):
         mixed /= ((1 - shrinkage) * counts + shrinkage * len(y)).clamp(min=1e-6)[:, None, None]
         trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         eye = torch.eye(dim, device=mu.device)
-        return cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
-
-    def state(self):
-        return {k: getattr(self, k) for k in
-                ("mean", "covariance", "prior", "log_floor", "temperature")}
+        posterior = cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
+        posterior.set_floor(posterior.log_density(mu[spread(len(mu), 2000)]))
+        return posterior
 
     def log_density(self, z, logvar=None):
         """log p(z|c) (M,K)."""
@@ -161,7 +157,6 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
-    posterior.set_floor(log_density)
     accuracy = (posterior.weigh(log_density).argmax(1) == own).float().mean().item()
     guess = posterior.prior.max().item()
     skill = max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
@@ -206,12 +201,10 @@ def log_normal_images(z, own, mu, variance):
 
 def best_temperature(posterior, log_density, y):
     """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
-    grid = torch.logspace(-2, 6, 65, base=2)
-    fits = []
-    for t in grid.tolist():
-        posterior.temperature = t
-        fits.append((scores(posterior.weigh(log_density), y)["nll"], t))
-    return min(fits)[::-1]
+    def nll(t):
+        log_q = (posterior.prior.log() + posterior.floored(log_density) / t).log_softmax(1)
+        return torch.nn.functional.nll_loss(log_q, y).item()
+    return min((nll(t), t) for t in torch.logspace(-2, 6, 65, base=2).tolist())[::-1]
 
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
@@ -219,17 +212,19 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
 
     mu, logvar (V,D), y (V,) are held out. `limit` of them choose between bandwidths, all fit T.
     """
-    few = torch.linspace(0, len(y) - 1, min(limit, len(y))).long()
-    tried = []
+    few, tried = spread(len(y), limit), []
     for choice in choices:
         posterior = fit(choice)
         found = posterior.log_density(mu[few], logvar[few])
         tried.append((best_temperature(posterior, found, y[few])[1], choice))
-    best = min(tried)[1]
-    posterior = fit(best)
-    found = posterior.log_density(mu, logvar)
-    posterior.temperature = best_temperature(posterior, found, y)[0]
-    return posterior, best
+    posterior = fit(min(tried)[1])
+    posterior.temperature, _ = best_temperature(posterior, posterior.log_density(mu, logvar), y)
+    return posterior, min(tried)[1]
+
+
+def spread(n, most):
+    """At most `most` of the rows 0..n-1, at even distances."""
+    return torch.linspace(0, n - 1, min(most, n)).long()
 
 
 def scores(q, y, bins=15) -> dict:
@@ -282,22 +277,23 @@ def words(q, classes, most=2) -> str:
     return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in top if q[c] >= 0.005)
 
 
+def ranking(q, classes) -> str:
+    """All percentages (K,), a line a class, the likeliest first."""
+    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True).tolist())
+
+
 # ---- command ---------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     import common
     parser = common.flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
-    add("--codes", type=common.number(int, 2), default=20_000,
-        help="at most this many codes hold up the density")
+    add("--codes", type=common.number(int, 2), default=20_000, help="that make the density, at most")
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
-        help="which class-conditional density --image and --point are answered from")
+        help="of the density that --image and --point are answered from")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
     add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
-    args = parser.parse_args(argv)
-    if args.image and args.point:
-        parser.error("--image or --point, not both")
-    return args
+    return parser.parse_args(argv)
 
 
 def main_axes(mu, y):
@@ -335,7 +331,7 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))
     z = z[posterior(z).amax(1).argsort()[:200]]
     flat, chosen = (z - mean) @ directions, []
-    taken = torch.stack([torch.from_numpy(xy)[y == c].mean(0) for c in y.unique()])    # the names
+    taken = torch.stack([((mu - mean) @ directions)[y == c].mean(0) for c in y.unique()])   # names
     while len(chosen) < 9:
         chosen.append(int(torch.cdist(flat, taken).amin(1).argmax()))
         taken = torch.cat([taken, flat[chosen[-1:]]])
@@ -348,7 +344,6 @@ def draw_map(axes, mu, y, classes, posterior, generator):
 
 
 def draw_reliability(axes, curves):
-    """Stated against observed, for each named curve."""
     import common
     axes.plot([0, 1], [0, 1], color="black", lw=0.8)
     axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
@@ -363,64 +358,48 @@ def draw_reliability(axes, curves):
 def answer(args):
     """Print the percentages of --image or of --point, from latent.pt."""
     import common
-    from vae import VAE, encode_all, read_like
-    saved = common.load(args, "latent")
-    kind = {"aggregate": Aggregate, "gaussian": Gaussian}[args.estimator]
-    posterior = kind(**saved["calibrated"][args.estimator])
-    classes, dim = saved["dataset"]["classes"], saved["mu"].shape[1]
+    from vae import encode_all, load_vae, read_like
+    saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
+    posterior, dim = kinds[args.estimator](**saved["calibrated"][args.estimator]), saved["mu"].shape[1]
     if args.point:
         try:
             z = torch.tensor([[float(v) for v in args.point.split(",")]])
         except ValueError:
-            raise common.Mistake("--point takes numbers with commas between, as 0.3,-1.2") from None
-        if z.shape[1] != dim or not z.isfinite().all():
-            raise common.Mistake(f"--point takes {dim} finite numbers here; got {args.point}")
+            z = torch.full((1, dim), math.nan)
+        common.need(z.shape[1] == dim and z.isfinite().all(), f"--point takes {dim} finite numbers "
+                    f"here, with commas between; got {args.point}")
         q = posterior(z)[0]
     else:
         image, how = read_like(args.image, saved["dataset"])
-        model = VAE(**(upstream := common.load(args, "vae"))["config"])
-        model.load_state_dict(upstream["model"])
         print(how)
-        q = posterior(*encode_all(model.eval(), image))[0]
-    for c in q.argsort(descending=True).tolist():
-        print(f"{100 * q[c]:5.1f}%  {classes[c]}")
+        q = posterior(*encode_all(load_vae(args)[0], image))[0]
+    print(ranking(q, saved["dataset"]["classes"]))
 
 
 def command(args):
     import common
-    from vae import VAE, encode_all
+    from vae import encode_all, load_vae
     device, amp = common.start(args)
     if args.image or args.point:
         return answer(args)
-    upstream = common.load(args, "vae", device)
+    model, upstream = load_vae(args, device)
     data = common.load_dataset(args, device, upstream)
     classes = len(data.classes)
-    model = VAE(**upstream["config"]).to(device, memory_format=torch.channels_last)
-    model.load_state_dict(upstream["model"])
     rows, (_, validation) = upstream["rows"].to(device), common.split(data)
     y, y_test = data.labels[rows], data.test_labels
-    held = validation[torch.linspace(0, len(validation) - 1, min(2000, len(validation))).long()]
-    held, held_y = data.images[held.to(device)], data.labels[held.to(device)]
+    held = validation[spread(len(validation), 2000)].to(device)
+    held, held_y = data.images[held], data.labels[held]
     codes = encode_all(model, data.images[rows], amp)
     held_codes, test_codes = (encode_all(model, x, amp) for x in (held, data.test_images))
-    some = torch.linspace(0, len(rows) - 1, min(args.codes, len(rows))).long().to(device)
+    some = spread(len(rows), args.codes).to(device)
     part = codes[0][some], codes[1][some], y[some]
 
-    def aggregate(bandwidth):
-        posterior = Aggregate.fit(*part, classes, bandwidth=bandwidth)
-        posterior.set_floor(posterior.leave_one_out()[0])
-        return posterior
-
-    def gaussian(shrinkage):
-        posterior = Gaussian.fit(*part, classes, shrinkage=shrinkage)
-        posterior.set_floor(posterior.log_density(part[0][:2000]))
-        return posterior
-
-    q = aggregate(0.0)(*test_codes)
+    fits = {"aggregate": (lambda a: Aggregate.fit(*part, classes, a), (0.25, 0.5, 0.75, 1.0, 1.5)),
+            "gaussian": (lambda a: Gaussian.fit(*part, classes, a), (0.0, 0.1, 0.5, 1.0))}
+    q = fits["aggregate"][0](0.0)(*test_codes)
     curves = {"before: the encoder's own width": reliability(q, y_test)}
     calibrated, metrics = {}, {"before": scores(q, y_test)}
-    for name, fit, choices in (("aggregate", aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),
-                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
+    for name, (fit, choices) in fits.items():
         posterior, choice = calibrate(fit, choices, *held_codes, held_y)
         q = posterior(*test_codes)
         curves[f"calibrated: {name}"] = reliability(q, y_test)
@@ -440,8 +419,7 @@ def command(args):
     common.write(args.out / "latent.png", fig)
     stem = args.out / "latent.pt"
     common.save(stem, args, data, metrics, [args.out / "vae.pt"], mu=codes[0], logvar=codes[1],
-                labels=y, calibrated=calibrated,
-                teaching=teach(*part, classes).state())
+                labels=y, calibrated=calibrated, teaching=teach(*part, classes).state())
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
     print(f"{'':14}accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():

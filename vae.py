@@ -194,6 +194,15 @@ def resume(args, last: Path, work: dict):
         return None, []
 
 
+def load_vae(args, device="cpu"):
+    """-> the model of OUT/vae.pt, ready to encode and decode, and all that the file holds."""
+    import common
+    saved = common.load(args, "vae", device)
+    model = VAE(**saved["config"]).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(saved["model"])
+    return model.eval(), saved
+
+
 def picture(axes, images, columns=1, caption=""):
     """Images (N,C,H,W), uint8 or in [0,1], side by side with a white pixel between."""
     images = images.cpu().float() / (255 if images.dtype == torch.uint8 else 1)
