@@ -33,7 +33,6 @@ class Mistake(Exception):
 
 
 def need(ok, message):
-    """The one way in which a mistake is said."""
     if not ok:
         raise Mistake(message)
 
@@ -42,7 +41,12 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share."""
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """The docstring as it stands, and every default."""
-    parser = argparse.ArgumentParser(script, description=doc, formatter_class=Help)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    parser = Parser(script, description=doc, formatter_class=Help)
     parser.set_defaults(script=script)
     add = parser.add_argument_group("shared by all scripts").add_argument
     add("--dataset", metavar="NAME|FOLDER|FILE.npz", help="glyphs (embedded), a folder with one "
@@ -62,13 +66,11 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float within [low, high]."""
     def parse(text):
-        try:
-            value = kind(text)
-            if low <= value <= high and not math.isinf(value):          # NaN fails the first test
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} in [{low}, {high}]")
+        value = kind(text)                              # argparse turns a ValueError into a line
+        if low <= value <= high and not math.isinf(value):              # NaN fails the first test
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -103,9 +105,8 @@ def start(args):
     need({"cpu": True, "cuda": cuda, "mps": mps}[name], f"--device {name}: none here; use cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # Is bfloat16 fast here? Asked of the processor, not assumed; a torch that cannot tell says no.
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if name == "cpu" else ()
-    fast = any(getattr(torch.cpu, ask, bool)() for ask in asks) or \
-        name == "cuda" and torch.cuda.is_bf16_supported()
+    fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
+            "cuda": cuda and torch.cuda.is_bf16_supported()}[name]
     return torch.device(name), fast if args.amp is None else args.amp
 
 
@@ -123,11 +124,11 @@ class Dataset:
     def facts(self, args) -> dict:
         """What a .pt file says of its data set: enough to load it again and to know it again."""
         some = self.images[::max(1, len(self.images) // 256)].cpu()     # tell any two sets apart
-        seen = hashlib.sha256(self.labels.cpu().numpy().tobytes() + some.numpy().tobytes())
+        seen = fingerprint(self.labels.cpu().numpy().tobytes() + some.numpy().tobytes())
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
                 "classes": self.classes, "images": len(self.images), "light": border(some) > 127,
-                "test_images": len(self.test_images), "fingerprint": seen.hexdigest()[:16]}
+                "test_images": len(self.test_images), "fingerprint": seen}
 
 
 def load_dataset(args, device, upstream=None) -> Dataset:
@@ -187,8 +188,8 @@ def torchvision_dataset(name, root) -> Dataset:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
-        raise Mistake(f"torchvision cannot be imported ({error}); it must be of the same build as "
-                      "torch: pip install --upgrade --force-reinstall torch torchvision") from None
+        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: pip "
+                      "install --upgrade --force-reinstall torch torchvision") from None
     kind, parts, emnist = getattr(datasets, TORCHVISION[name]), [], name.startswith("emnist")
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
@@ -203,11 +204,9 @@ def torchvision_dataset(name, root) -> Dataset:
                 raise Mistake(f"{name} is not in {root}, and downloading failed ({error}); put its "
                               f"files into {root}/{kind.__name__} as torchvision does, or use "
                               "--dataset glyphs meanwhile") from None
-        x = torch.as_tensor(part.data)
-        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[3] == 3 else x
-        x = x.transpose(2, 3) if emnist else x          # stored lying down
-        y = part.labels if name == "stl10" else part.targets
-        parts += [x.contiguous(), torch.as_tensor(y).long()]
+        x = as_images(np.asarray(part.data))
+        x = x.transpose(2, 3).contiguous() if emnist else x             # stored lying down
+        parts += [x, torch.as_tensor(part.labels if name == "stl10" else part.targets).long()]
     classes = [c.split(" - ")[0] for c in getattr(part, "classes", [])]
     return Dataset(*parts, classes or None, name)
 
@@ -233,8 +232,8 @@ def as_images(array) -> torch.Tensor:
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
     if array.dtype != np.uint8:
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
-            raise ValueError("pixels that are NaN, infinite or outside [0, 255]")
+        if not (array.min() >= 0 and array.max() <= 255):           # NaN fails both
+            raise ValueError("pixels that are NaN or outside [0, 255]")
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(array))
 
@@ -243,10 +242,9 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     """root/train/<class>/* and root/test/<class>/*, or only <class>/*, a fifth of it for test."""
     from torchvision.datasets import ImageFolder
     folders = [f for f in (root / "train", root / "test") if f.is_dir()]
-    folders = folders if root / "train" in folders else [root]
     try:
         parts = [ImageFolder(str(folder), is_valid_file=lambda f: f.lower().endswith(IMAGE_FILES))
-                 for folder in folders]
+                 for folder in (folders if root / "train" in folders else [root])]
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
     classes = parts[0].classes
@@ -256,13 +254,12 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     labels, rows = torch.tensor([classes.index(name) for name in names]), torch.arange(len(files))
     about = [FORMAT, side, [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files]]
     # Decoded once, then opened memory-mapped; the name is a digest of what made it.
-    stored = cache / f"images-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
+    stored = cache / f"images-{fingerprint(json.dumps(about).encode())}.npy"
     if not stored.exists():
         grey = all(read_image(f, None) for f in files)
         print(f"reading {len(files):,} images", file=sys.stderr)
-        temporary = cache / "images.tmp.npy"
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8,
-                                          (len(files), 1 if grey else 3, side, side))
+        temporary, shape = cache / "images.tmp.npy", (len(files), 1 if grey else 3, side, side)
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for row, file in enumerate(files):
             array[row] = read_image(file, side, grey)
         array.flush()
@@ -297,13 +294,12 @@ def read_image(path, side, grey=False):
 
 def border(images) -> float:
     """The mean brightness of the outermost pixels, 0 to 255."""
-    edge = torch.ones(images.shape[2:], dtype=torch.bool)
-    edge[1:-1, 1:-1] = False
-    return images[..., edge].float().mean().item()
+    edges = images[..., [0, -1], :], images[..., [0, -1]]
+    return torch.cat([e.flatten() for e in edges]).float().mean().item()
 
 
 def shuffled_classes(labels, rows, seed) -> list:
-    """The rows of each class that has any, shuffled: a list of index tensors."""
+    """The rows of each class, shuffled: a list of index tensors."""
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     return [rows[labels[rows] == c] for c in labels[rows].unique()]
 
@@ -351,8 +347,9 @@ def write(path: Path, content):
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def fingerprint(content: Path | bytes) -> str:
+    content = content.read_bytes() if isinstance(content, Path) else content
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def settings(args) -> dict:
@@ -398,8 +395,7 @@ def cure(args, name: str) -> str:
 
 
 # Petroff (2021): colours that colour-blind people tell apart, in order of use.
-COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+COLOURS = ["#" + c for c in "3f90da ffa90e bd1f01 94a4a2 832db6 a96b59 e76300 b9ac70 717581 92dadd".split()]
 MARKERS = "osD^vP*Xhd"
 
 
