@@ -2,7 +2,7 @@
 
     python latent.py                                   # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
     python latent.py -o runs/mnist --image seven.png   # the percentages of an image
-    python latent.py -o runs/mnist --point 0.3,-1.2,... # the percentages of a latent point
+    python latent.py -o runs/mnist --point 0.3,-1.2,...      # of a latent point, D numbers
 
 Reads:  vae.pt and its data set.
 Writes: latent.pt latent.json latent.png.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 # Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,); q (M,K).
 
@@ -72,9 +73,11 @@ class Aggregate(Posterior):
         """From codes mu, logvar (N,D) and labels y (N,) in 0..classes-1."""
         order = y.argsort(stable=True)
         mu, logvar, y = mu[order], logvar[order], y[order]
-        counts = y.bincount(minlength=classes)
-        scale = counts.clamp(min=1).double().pow(-1 / (mu.shape[1] + 4)).to(mu)
-        h = bandwidth * within_class_variance(mu, y, classes).sqrt() * scale[:, None]    # (K,D)
+        counts, total = y.bincount(minlength=classes), (mu - mu.mean(0)).square().mean(0)
+        within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
+        # One pseudo-observation of the total variance, for classes of one image each.
+        s = ((within + total) / (len(y) - len(y.unique()) + 1)).sqrt()
+        h = bandwidth * s * counts.clamp(min=1).to(mu)[:, None].pow(-1 / (mu.shape[1] + 4))   # (K,D)
         posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
         posterior.set_floor(posterior.leave_one_out()[0])
         return posterior
@@ -119,33 +122,28 @@ class Gaussian(Posterior):
     @classmethod
     def fit(cls, mu, logvar, y, classes, shrinkage=0.1, ridge=0.01):
         """From codes mu, logvar (N,D) and labels y (N,): moments of the aggregate posterior."""
-        counts, dim = y.bincount(minlength=classes), mu.shape[1]
-        one_hot = torch.nn.functional.one_hot(y, classes).to(mu)
-        mean = one_hot.T @ mu / counts.clamp(min=1)[:, None]
-        centred = mu - mean[y]
-        scatter = torch.stack([centred[y == c].T @ centred[y == c] + logvar[y == c].exp().sum(0).diag()
+        counts, mean = y.bincount(minlength=classes), class_means(mu, y, classes)
+        centred, width, eye = mu - mean[y], logvar.exp(), torch.eye(mu.shape[1], device=mu.device)
+        scatter = torch.stack([centred[y == c].T @ centred[y == c] + width[y == c].sum(0).diag()
                                for c in range(classes)])
         mixed = (1 - shrinkage) * scatter + shrinkage * scatter.sum(0)
         mixed /= ((1 - shrinkage) * counts + shrinkage * len(y)).clamp(min=1e-6)[:, None, None]
         trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        eye = torch.eye(dim, device=mu.device)
         posterior = cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
         posterior.set_floor(posterior.log_density(mu[spread(len(mu), 2000)]))
         return posterior
 
     def log_density(self, z, logvar=None):
-        """log p(z|c) (M,K)."""
-        columns = []
-        for mean, covariance in zip(self.mean, self.covariance):
-            if logvar is not None:                        # integrate over each image's own width
-                covariance = covariance + logvar.exp().diag_embed()
-            root = torch.linalg.cholesky(covariance)
-            white = torch.linalg.solve_triangular(
-                root, (z - mean).unsqueeze(2) if logvar is not None else (z - mean).T, upper=False)
-            square = white.square().sum(-2).flatten()
-            log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            columns.append(-0.5 * (square + log_det + z.shape[1] * LOG_2PI))
-        return torch.stack(columns, 1)
+        """log p(z|c) (M,K); with logvar (M,D) integrated over each image's own width."""
+        if logvar is None:
+            normal = torch.distributions.MultivariateNormal(self.mean, self.covariance)
+            return normal.log_prob(z[:, None])
+        parts = []
+        for point, own in zip(z.split(256), logvar.exp().split(256)):      # (256,K,D,D) at once
+            normal = torch.distributions.MultivariateNormal(
+                self.mean, self.covariance + own.diag_embed()[:, None])
+            parts.append(normal.log_prob(point[:, None]))
+        return torch.cat(parts)
 
 
 def teach(mu, logvar, y, classes, bandwidth=1.0):
@@ -164,18 +162,15 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
     return posterior
 
 
-def within_class_variance(mu, y, classes):
-    """Pooled within-class variance (D,), with one pseudo-observation of the total variance."""
-    one_hot = torch.nn.functional.one_hot(y, classes).to(mu)
-    mean = one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
-    total = (mu - mu.mean(0)).square().mean(0)
-    seen = len(y) - len(y.unique())
-    return ((mu - mean[y]).square().sum(0) + total) / (seen + 1)
+def class_means(mu, y, classes):
+    """(K,D); zeros for a class without codes."""
+    one_hot = F.one_hot(y, classes).to(mu)
+    return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
 
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
-    centre = mu.mean(0) if len(mu) else 0                 # smaller numbers cancel less
+    centre = mu.mean(0) if len(mu) else 0               # smaller numbers cancel less
     z, mu, precision = z - centre, mu - centre, 1 / variance
     square = (z * z) @ precision.T - 2 * z @ (mu * precision).T + (mu * mu * precision).sum(1)
     return -0.5 * (square.clamp_(min=0) + variance.log().sum(1) + z.shape[1] * LOG_2PI)
@@ -203,7 +198,7 @@ def best_temperature(posterior, log_density, y):
     """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
     def nll(t):
         log_q = (posterior.prior.log() + posterior.floored(log_density) / t).log_softmax(1)
-        return torch.nn.functional.nll_loss(log_q, y).item()
+        return F.nll_loss(log_q, y).item()
     return min((nll(t), t) for t in torch.logspace(-2, 6, 65, base=2).tolist())[::-1]
 
 
@@ -261,7 +256,7 @@ def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
 
     Only pairs with low < q < high count, in bins of equal width with at least `least` pairs.
     """
-    hit = torch.nn.functional.one_hot(y, q.shape[1]).bool()
+    hit = F.one_hot(y, q.shape[1]).bool()
     inside = (q > low) & (q < high)
     stated, hit = q[inside], hit[inside].float()
     index = ((stated - low) / (high - low) * bins).long().clamp(0, bins - 1)
@@ -279,7 +274,8 @@ def words(q, classes, most=2) -> str:
 
 def ranking(q, classes) -> str:
     """All percentages (K,), a line a class, the likeliest first."""
-    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True).tolist())
+    order = q.argsort(descending=True).tolist()
+    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in order)
 
 
 # ---- command ---------------------------------------------------------------------------------
@@ -288,7 +284,7 @@ def parse_args(argv=None):
     import common
     parser = common.flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
-    add("--codes", type=common.number(int, 2), default=20_000, help="that make the density, at most")
+    add("--codes", type=common.number(int, 2), default=20_000, help="of the density, at most")
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
         help="of the density that --image and --point are answered from")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
@@ -298,11 +294,11 @@ def parse_args(argv=None):
 
 def main_axes(mu, y):
     """PCA of the class means: -> mean (D,), directions (D,2); the identity when D is 2 or less."""
-    dim = mu.shape[1]
+    dim, centred = mu.shape[1], mu - mu.mean(0)
     if dim <= 2:
         return torch.zeros(dim), torch.eye(dim, 2)
-    means = torch.stack([mu[y == c].mean(0) for c in y.unique()])
-    means = torch.cat([means - means.mean(0), 1e-3 * (mu - mu.mean(0))[:1000]])  # two classes: a line
+    means = torch.stack([centred[y == c].mean(0) for c in y.unique()])
+    means = torch.cat([means, 1e-3 * centred[:1000]])     # the means of two classes span a line only
     return mu.mean(0), torch.linalg.svd(means, full_matrices=False)[2][:2].T
 
 
@@ -311,36 +307,33 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     import common
     from matplotlib.patches import Ellipse
     mean, directions = main_axes(mu, y)
-    xy = ((mu - mean) @ directions).numpy()
-    for c, name in enumerate(classes):
-        own = xy[(y == c).numpy()]
-        colour = common.COLOURS[c % 10]
+    xy, taken = (mu - mean) @ directions, []
+    for c in y.unique().tolist():
+        own, colour = xy[y == c], common.COLOURS[c % 10]
         axes.scatter(*own[:1500].T, s=7, color=colour, alpha=0.35, linewidths=0,
-                     marker=common.MARKERS[c % 10], rasterized=True)
-        centre = own.mean(0)
+                     marker=common.MARKERS[c % 10])
+        taken.append(own.mean(0))
         if len(own) > 2:
-            spread, turn = torch.linalg.eigh(torch.from_numpy(own.T).double().cov())
-            angle = math.degrees(math.atan2(turn[1, 1], turn[0, 1]))
-            small, large = (3 * spread.clamp(min=0).sqrt()).tolist()       # 1.5 deviations each way
-            axes.add_patch(Ellipse(centre, large, small, angle=angle, fill=False, color=colour,
-                                   linewidth=1.6))
-        axes.annotate(name, centre, ha="center", va="center", fontsize=10, fontweight="bold",
+            variance, turn = torch.linalg.eigh(own.T.double().cov())
+            small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each way
+            axes.add_patch(Ellipse(taken[-1], large, small, fill=False, color=colour, lw=1.6,
+                                   angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
+        axes.annotate(classes[c], taken[-1], ha="center", va="center", fontweight="bold",
                       bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour, lw=1.2))
     # Random points on lines between codes: the undecided ones, nine of them far apart.
     i, j = torch.randint(len(mu), (2, 1000), generator=generator)
     z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))
     z = z[posterior(z).amax(1).argsort()[:200]]
-    flat, chosen = (z - mean) @ directions, []
-    taken = torch.stack([((mu - mean) @ directions)[y == c].mean(0) for c in y.unique()])   # names
-    while len(chosen) < 9:
-        chosen.append(int(torch.cdist(flat, taken).amin(1).argmax()))
-        taken = torch.cat([taken, flat[chosen[-1:]]])
-    for point, q in zip(flat[chosen].tolist(), posterior(z[chosen])):
-        axes.plot(*point, "x", color="black", ms=8, mew=2)
-        axes.annotate(words(q, classes), point, xytext=(0, -13), textcoords="offset points",
-                      ha="center", va="top", fontsize=7.5,
+    flat = (z - mean) @ directions
+    for _ in range(9):
+        k = int(torch.cdist(flat, torch.stack(taken)).amin(1).argmax())
+        taken.append(flat[k])
+        axes.plot(*flat[k], "x", color="black", ms=8, mew=2)
+        axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k], xytext=(0, -13),
+                      textcoords="offset points", ha="center", va="top", fontsize=7.5,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
-    common.tidy(axes, "Where do the classes live?", "first main direction of the class means", "second")
+    common.tidy(axes, "Where do the classes live?", "first main direction of the class means",
+                "second main direction")
 
 
 def draw_reliability(axes, curves):
@@ -360,7 +353,8 @@ def answer(args):
     import common
     from vae import encode_all, load_vae, read_like
     saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
-    posterior, dim = kinds[args.estimator](**saved["calibrated"][args.estimator]), saved["mu"].shape[1]
+    posterior = kinds[args.estimator](**saved["calibrated"][args.estimator])
+    dim = saved["mu"].shape[1]
     if args.point:
         try:
             z = torch.tensor([[float(v) for v in args.point.split(",")]])
@@ -411,21 +405,19 @@ def command(args):
     metrics["class priors"] = scores(prior.expand(len(y_test), classes), y_test)
     fig = common.figure(14, 6.6)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
-    shown = Aggregate(**{k: v.cpu() if torch.is_tensor(v) else v
-                         for k, v in calibrated["aggregate"].items()})
-    draw_map(left, codes[0].cpu(), y.cpu(), data.classes, shown,
+    draw_map(left, codes[0].cpu(), y.cpu(), data.classes,
+             lambda z: Aggregate(**calibrated["aggregate"])(z.to(device)).cpu(),
              torch.Generator().manual_seed(args.seed))
     draw_reliability(right, curves)
     common.write(args.out / "latent.png", fig)
-    stem = args.out / "latent.pt"
-    common.save(stem, args, data, metrics, [args.out / "vae.pt"], mu=codes[0], logvar=codes[1],
+    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0], logvar=codes[1],
                 labels=y, calibrated=calibrated, teaching=teach(*part, classes).state())
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
     print(f"{'':14}accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():
         print(f"{name:14}{m['accuracy']:8.1%} {m['nll']:6.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
               + ("  {:.3f} to {:.3f}".format(*m["ece_interval"]) if "ece_interval" in m else ""))
-    print(f"{args.out / 'latent.png'}\n{stem}")
+    print(f"{args.out / 'latent.png'}\n{args.out / 'latent.pt'}")
 
 
 def main(argv=None) -> int:
