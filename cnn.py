@@ -106,11 +106,11 @@ def batches(real, size, hybrids=None, fraction=0.5, transforms=()):
     `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K); hybrids make
     up `fraction` of each batch. `transforms` are called in turn, (x, q, generator) -> (x, q).
     """
-    counts = [size, 0] if hybrids is None else [size - round(size * fraction), round(size * fraction)]
+    made = 0 if hybrids is None else round(size * fraction)
 
     def next_batch(generator):
         parts = []
-        for (images, q), count in zip((real, hybrids or real), counts):
+        for (images, q), count in ((real, size - made), (hybrids or real, made)):
             rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
             parts.append((images[rows].float() / 255, q[rows]))
         x, q = (torch.cat(part) for part in zip(*parts))
@@ -140,7 +140,7 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
 
 
 def flip_crop(x, q, generator, pad=4):
-    """Mirror half of the images and shift each by up to `pad` pixels, edges reflected: for colour."""
+    """Mirror half of the images, shift each by up to `pad` pixels, edges reflected: for colour."""
     n, c, h, w = x.shape
     x = torch.where(uniform(x, 0, 1, generator)[:, None, None, None] < 0.5, x.flip(3), x)
     down, right = torch.randint(2 * pad + 1, (2, n), device=x.device, generator=generator)
@@ -152,7 +152,7 @@ def flip_crop(x, q, generator, pad=4):
 
 
 def beta(x, alpha, generator):
-    """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any device, any seed."""
+    """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any generator."""
     grid = torch.linspace(-20 / min(alpha, 1), 20 / min(alpha, 1), 4096, device=x.device)
     mass = (alpha * (F.logsigmoid(grid) + F.logsigmoid(-grid))).exp().cumsum(0)
     return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
@@ -210,15 +210,15 @@ def parse_args(argv=None):
 
 def draw(history, q, y, classes):
     """Training curves and the confusion matrix on test images."""
-    import common
-    fig = common.figure(12, 4.8)
+    from vae import COLOURS, figure, tidy
+    fig = figure(12, 4.8)
     curve, matrix = fig.subplots(1, 2, width_ratios=[1.2, 1])
     steps = [row["step"] for row in history]
-    common.tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
+    tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
     curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
-               color=common.COLOURS[0])
+               color=COLOURS[0])
     loss = curve.twinx()
-    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=common.COLOURS[2])
+    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=COLOURS[2])
     loss.set_ylabel("training loss, nats (dashed)")
     loss.spines[["top"]].set_visible(False)
     k = len(classes)
@@ -310,8 +310,8 @@ def command(args):
                 model=model.state_dict())
     last.unlink(missing_ok=True)
     print(f"{len(x):,} real images, {args.hybrid_fraction:.0%} hybrids in each batch; on "
-          f"{len(q):,} test images:\naccuracy {metrics['accuracy']:.2%}  (balanced "
-          f"{metrics['balanced_accuracy']:.2%})  NLL {metrics['nll']:.3f}  ECE {metrics['ece']:.3f}")
+          f"{len(q):,} test images:\n" + "accuracy {accuracy:.2%}  (balanced "
+          "{balanced_accuracy:.2%})  NLL {nll:.3f}  ECE {ece:.3f}".format(**metrics))
     print(f"{args.out / 'cnn.png'}\n{stem}")
 
 

@@ -1,7 +1,6 @@
-"""What the scripts share: flags, data sets, files and figures. It knows nothing of models.
+"""What the scripts share: flags, data sets and files. It knows nothing of models.
 
-A script is main(argv) -> exit code: 0 done, 2 a user's mistake (one line that names the cure),
-130 interrupted. Files appear whole or not at all.
+Exit codes: 0 done, 2 a user's mistake (one line with the cure), 130 interrupted.
 """
 from __future__ import annotations
 
@@ -41,12 +40,8 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share."""
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         """The docstring as it stands, and every default."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-    parser = Parser(script, description=doc, formatter_class=Help)
+    parser = argparse.ArgumentParser(script, description=doc, formatter_class=Help)
+    parser.error = lambda message: parser.exit(2, f"{script}: {message}; see {script} --help\n")
     parser.set_defaults(script=script)
     add = parser.add_argument_group("shared by all scripts").add_argument
     add("--dataset", metavar="NAME|FOLDER|FILE.npz", help="glyphs (embedded), a folder with one "
@@ -56,7 +51,7 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     add("--image-size", type=number(int, 16, 64), default=32, help="side in pixels, for folders")
     add("-o", "--out", type=Path, help="the working directory; without it runs/<data set>")
     add("--seed", type=number(int, 0), default=0, help="of every random choice")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda or cpu")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: not mps")
     add("--threads", type=number(int, 1), help="processor threads; without it all cores")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 or not; without it as fast")
     add("--quiet", action="store_true", help="results only, no progress")
@@ -98,8 +93,7 @@ def start(args):
     args.out = args.out or Path("runs", Path(args.dataset or "glyphs").stem)
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
     need({"cpu": True, "cuda": cuda, "mps": mps}[name], f"--device {name}: none here; use cpu")
@@ -184,7 +178,7 @@ def resize(images, size):
 
 
 def torchvision_dataset(name, root) -> Dataset:
-    """One of torchvision.datasets, looked for on disk first, downloaded only if absent."""
+    """One of torchvision.datasets, downloaded only if it is not on disk."""
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
@@ -194,16 +188,15 @@ def torchvision_dataset(name, root) -> Dataset:
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
         keywords |= {"split": name.removeprefix("emnist-")} if emnist else {}
-        try:
-            part = kind(root, **keywords, download=False)
-        except RuntimeError:
-            print(f"{name} is not in {root}: downloading it", file=sys.stderr)
+        for download in (False, True):
             try:
-                part = kind(root, **keywords, download=True)
+                part = kind(root, **keywords, download=download)
+                break
             except Exception as error:                  # each mirror has its own ways to fail
-                raise Mistake(f"{name} is not in {root}, and downloading failed ({error}); put its "
-                              f"files into {root}/{kind.__name__} as torchvision does, or use "
-                              "--dataset glyphs meanwhile") from None
+                need(not download, f"{name} is not in {root}, and downloading failed ({error}); "
+                     f"put its files into {root}/{kind.__name__} as torchvision does, or use "
+                     "--dataset glyphs meanwhile")
+                print(f"{name} is not in {root}: downloading it", file=sys.stderr)
         x = as_images(np.asarray(part.data))
         x = x.transpose(2, 3).contiguous() if emnist else x             # stored lying down
         parts += [x, torch.as_tensor(part.labels if name == "stl10" else part.targets).long()]
@@ -216,7 +209,7 @@ def npz_dataset(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, x_test = (as_images(file[key]) for key in ("x_train", "x_test"))
-            y, y_test = (torch.from_numpy(file[key].astype(np.int64)) for key in ("y_train", "y_test"))
+            y, y_test = (torch.as_tensor(file[key].astype(int)) for key in ("y_train", "y_test"))
             classes = file["classes"].tolist() if "classes" in file.files else None
     except Exception as error:                          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., y_train=..., "
@@ -314,10 +307,9 @@ def cut(labels, rows, fraction):
 
 def split(data: Dataset):
     """-> pool, validation: a tenth of the training images is cut first and never trained on."""
-    rows = torch.arange(len(data.labels))
-    if data.validation is None:
-        return cut(data.labels.cpu(), rows, 0.1)
-    return rows[~torch.isin(rows, data.validation)], data.validation
+    rows, aside = torch.arange(len(data.labels)), data.validation
+    return cut(data.labels.cpu(), rows, 0.1) if aside is None else \
+        (rows[~torch.isin(rows, aside)], aside)
 
 
 def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
@@ -354,7 +346,7 @@ def fingerprint(content: Path | bytes) -> str:
 
 def settings(args) -> dict:
     """The flags that decide what is made, as plain values."""
-    other = {"out", "script", "resume", "quiet", "export", "image", "point", "predict", "jobs"}
+    other = "out script resume quiet export image point predict jobs".split()
     return {key: value for key, value in sorted(vars(args).items()) if key not in other}
 
 
@@ -394,31 +386,12 @@ def cure(args, name: str) -> str:
     return shlex.join(["make", *words, str(args.out / name)])
 
 
-# Petroff (2021): colours that colour-blind people tell apart, in order of use.
-COLOURS = ["#" + c for c in "3f90da ffa90e bd1f01 94a4a2 832db6 a96b59 e76300 b9ac70 717581 92dadd".split()]
-MARKERS = "osD^vP*Xhd"
-
-
-def figure(width=10.0, height=5.0):
-    """A matplotlib Figure on its own: no pyplot, no global state, no display."""
-    from matplotlib.figure import Figure
-    return Figure((width, height), layout="constrained", dpi=130)
-
-
-def tidy(axes, title, x=None, y=None):
-    """One look for all axes: title at the left, no box, a light grid."""
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-
-
 # Type families of matplotlib's fonts: validation and test digits are in designs never trained on.
-FONTS = {"train": (9000, """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique
-             DejaVuSansMono DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique
-             DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic"""),
-         "validation": (1000, "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta"),
-         "test": (2000, "cmr10 cmb10 cmss10 cmtt10")}
+FONTS = {"train": (9000, [f"DejaVu{face}{style}" for face, slant in (
+             ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+             for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]),
+         "validation": (1000, [f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")]),
+         "test": (2000, ["cmr10", "cmb10", "cmss10", "cmtt10"])}
 
 
 def glyphs(seed=0, side=28) -> Dataset:
@@ -426,7 +399,7 @@ def glyphs(seed=0, side=28) -> Dataset:
     g, images = torch.Generator().manual_seed(seed), []
     for n, names in FONTS.values():
         fields = torch.stack([distance_field(name, d, side)
-                              for name in names.split() for d in "0123456789"])
+                              for name in names for d in "0123456789"])
         which = 10 * torch.randint(len(fields) // 10, (n,), generator=g) + torch.arange(n) % 10
         # Small batches stay in the processor's cache.
         images += [draw(fields[part], side, g) for part in which.split(500)]
@@ -440,10 +413,7 @@ def distance_field(name, digit, side):
     import matplotlib
     from matplotlib.ft2font import FT2Font
     from matplotlib.path import Path as Outline
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
-    need(file.is_file(), f"glyphs: this matplotlib lacks a font, {file}; pip install "
-         "--force-reinstall matplotlib, or use another --dataset")
-    font = FT2Font(str(file))
+    font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")))
     font.set_size(128, 72)              # large: hinting and flattened curves stay out of sight
     font.load_char(ord(digit))
     # Points as complex numbers x + iy; fonts count y upwards and images downwards, hence conj.

@@ -134,13 +134,11 @@ def train_cnn(arm, images, y, classes, source, seed, *, steps, width, weight_dec
 
 def corrupt(images, seed=0):
     """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
-    x = images.float() / 255
-    g = torch.Generator(x.device).manual_seed(seed)
-    noisy = x + 0.15 * torch.randn(x.shape, device=x.device, generator=g)
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    shifted = F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]
-    return {name: (v.clamp(0, 1) * 255).round().byte()
-            for name, v in (("noise", noisy), ("blur", blurred), ("shift", shifted))}
+    x, g = images.float() / 255, torch.Generator(images.device).manual_seed(seed)
+    harder = {"noise": x + 0.15 * torch.randn(x.shape, device=x.device, generator=g),
+              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
+              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
+    return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
 
 
 def judge(logits_of, images, y, held, held_y) -> dict:
@@ -204,7 +202,7 @@ def run_cells(unit, *, data, arms, recipes, folder, amp, shared_vae):
 # ---- the grid --------------------------------------------------------------------------------
 
 def enter(threads):
-    """Start of a process: its threads are fixed, so a result does not depend on what runs beside."""
+    """Start of a process: fixed threads, so that a result does not depend on what runs beside."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's business
     torch.set_num_threads(threads)
 
@@ -322,11 +320,11 @@ def parse_args(argv=None):
 
 def draw(table, rows, facts, args):
     """Accuracy versus n, and the paired gain over `real`."""
-    fig = common.figure(13, 5.6)
+    fig = vae.figure(13, 5.6)
     left, right = fig.subplots(1, 2)
     arms = [arm for arm in ARMS if any(e["arm"] == arm for e in table)]
     for k, arm in enumerate(arms):
-        look = dict(color=common.COLOURS[k % 10], marker=common.MARKERS[k % 10], ms=6,
+        look = dict(color=vae.COLOURS[k % 10], marker=vae.MARKERS[k % 10], ms=6,
                     linestyle=("-", "--", ":", "-.")[k % 4], label=arm)
         own = [e for e in table if e["arm"] == arm]
         shift = 1 + 0.035 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
@@ -342,9 +340,9 @@ def draw(table, rows, facts, args):
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
     subsets = max(e["subsets"] for e in table)
-    common.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
+    vae.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
                 f"{args.score} accuracy, %")
-    common.tidy(right, "How much better than real images alone?", what,
+    vae.tidy(right, "How much better than real images alone?", what,
                 "paired difference, percentage points")
     for axes in (left, right):
         axes.set_xscale("log")
@@ -359,7 +357,8 @@ def draw(table, rows, facts, args):
 
 def report(table):
     """The closing table, and the answer in words."""
-    pm = lambda mean, half, sign="": f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+    def pm(mean, half, sign=""):
+        return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
     print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'gain over real':>16}{'NLL':>8}{'ECE':>7}")
     for e in table:
         gain = (e["gain"], e["gain_half"]) if "gain" in e else None

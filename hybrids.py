@@ -178,24 +178,23 @@ def caption(axes, q, classes, words, colours):
 
 def draw(x, q, strip, strip_q, classes):
     """A walk from one class to another, a gallery sorted the same way, the entropies."""
-    import common
     from latent import words
-    from vae import picture
-    fig = common.figure(13, 8.6)
+    from vae import COLOURS, figure, picture, tidy
+    fig = figure(13, 8.6)
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
     top.suptitle(f"What lies between {classes[int(strip_q[0].argmax())]} and "
                  f"{classes[int(strip_q[-1].argmax())]}?", x=0.01, ha="left", fontweight="bold")
     for axes, image, row in zip(top.subplots(1, len(strip)), strip, strip_q):
         picture(axes, image[None])
-        caption(axes, row, classes, words, common.COLOURS)
+        caption(axes, row, classes, words, COLOURS)
     gallery, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
     gallery.suptitle("What do the hybrids look like?", x=0.01, ha="left", fontweight="bold")
     for axes, image, row in zip(gallery.subplots(4, 7).flat, x, q):
         picture(axes, image[None])
-        caption(axes, row, classes, words, common.COLOURS)
+        caption(axes, row, classes, words, COLOURS)
     axes = side.subplots()
-    axes.hist(entropy(q).cpu() / math.log(2), bins=30, color=common.COLOURS[0])
-    common.tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
+    axes.hist(entropy(q).cpu() / math.log(2), bins=30, color=COLOURS[0])
+    tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
     return fig
 
 

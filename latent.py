@@ -22,8 +22,8 @@ LOG_2PI = math.log(2 * math.pi)
 class Posterior:
     """q(c|z) ~ pi_c (p(z|c) + b)^(1/T): Bayes' rule with a floor b and a temperature T.
 
-    Far from every cluster p(z|c) sinks below b for all classes, and q becomes the class priors
-    instead of a false certainty. Subclasses give log p(z|c); all work is in log space.
+    Far from every cluster p(z|c) sinks below b, and q becomes the class priors, not a false
+    certainty. Subclasses give log p(z|c); all work is in log space.
     """
 
     def __init__(self, prior, log_floor=-math.inf, temperature=1.0):
@@ -59,9 +59,8 @@ class Posterior:
 class Aggregate(Posterior):
     """p(z|c) = mean over codes i of class c of N(z; mu_i, diag(sigma_i^2 + h_c^2)).
 
-    The class-conditional aggregate posterior (Makhzani et al. 2015), widened by a bandwidth
-    h_cd = a s_d n_c^(-1/(D+4)) (Scott 1992), s_d the pooled within-class deviation: the encoder's
-    own width alone is badly overconfident on codes it has not seen.
+    The aggregate posterior of a class (Makhzani et al. 2015), widened by a bandwidth h_cd =
+    a s_d n_c^(-1/(D+4)) (Scott 1992): the encoder's own width is overconfident on unseen codes.
     """
 
     def __init__(self, mu, variance, counts, prior, log_floor=-math.inf, temperature=1.0):
@@ -77,18 +76,15 @@ class Aggregate(Posterior):
         within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
         # One pseudo-observation of the total variance, for classes of one image each.
         s = ((within + total) / (len(y) - len(y.unique()) + 1)).sqrt()
-        h = bandwidth * s * counts.clamp(min=1).to(mu)[:, None].pow(-1 / (mu.shape[1] + 4))   # (K,D)
+        h = bandwidth * s * counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
         posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
         posterior.set_floor(posterior.leave_one_out()[0])
         return posterior
 
     def log_density(self, z, logvar=None, own=None):
-        """log p(z|c) (M,K). `own` (M,): the code that each point is, left out of its class's mean.
-
-        Memory is bounded: at most 2^24 (point, code) pairs are held at once.
-        """
+        """log p(z|c) (M,K). `own` (M,): the code that each point is, left out of the mean."""
         step, columns, start = max(1, 2 ** 24 // len(self.mu)), [], 0
-        if len(z) > step:
+        if len(z) > step:                               # so many pairs of point and code at once
             return torch.cat([self.log_density(*(v if v is None else v[i:i + step]
                                                  for v in (z, logvar, own)))
                               for i in range(0, len(z), step)])
@@ -106,7 +102,7 @@ class Aggregate(Posterior):
         return torch.stack(columns, 1)
 
     def leave_one_out(self, limit=2000):
-        """log p(z_i|c) (M,K) and labels (M,) of at most `limit` of the codes, each without itself."""
+        """log p(z_i|c) (M,K), labels (M,) of at most `limit` of the codes, each without itself."""
         own = spread(len(self.mu), limit).to(self.mu.device)
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
         return self.log_density(self.mu[own], own=own), y.to(own.device)[own]
@@ -147,11 +143,10 @@ class Gaussian(Posterior):
 
 
 def teach(mu, logvar, y, classes, bandwidth=1.0):
-    """The posterior that labels hybrids: constants frozen, T from how well the codes separate.
+    """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
 
     T = 1 + 3 (1-s)/s, s the leave-one-out accuracy rescaled so that guessing is 0: where the
-    classes overlap in the latent space, its density is trusted less (T infinite: not at all).
-    The best-calibrated posterior is too soft to teach.
+    classes overlap in the latent space, its density is trusted less.
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
@@ -177,10 +172,9 @@ def log_normal(z, mu, variance):
 
 
 def log_normal_images(z, own, mu, variance):
-    """log of N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over image m's posterior.
+    """log N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over image m's own posterior.
 
-    Gaussians convolve, so the variances add. One dimension at a time, the memory stays at (M,N);
-    eight spreads are multiplied before a logarithm is taken: an eighth of the logarithms.
+    One dimension at a time keeps the memory at (M,N); eight variances share one logarithm.
     """
     total = torch.full((len(z), len(mu)), z.shape[1] * LOG_2PI, device=z.device)
     product = torch.ones_like(total)
@@ -203,9 +197,9 @@ def best_temperature(posterior, log_density, y):
 
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
-    """The posterior fit(choice) with the choice and T of smallest NLL on images it never saw.
+    """fit(choice) with the choice and T of smallest NLL on held-out mu, logvar (V,D), y (V,).
 
-    mu, logvar (V,D), y (V,) are held out. `limit` of them choose between bandwidths, all fit T.
+    -> posterior, choice. `limit` of the images decide between the choices, all of them fit T.
     """
     few, tried = spread(len(y), limit), []
     for choice in choices:
@@ -223,10 +217,7 @@ def spread(n, most):
 
 
 def scores(q, y, bins=15) -> dict:
-    """Accuracy, balanced accuracy, NLL, Brier, top-label ECE of probabilities q (N,K), y (N,).
-
-    ECE: the mean gap between confidence and accuracy over bins of equal mass (Guo et al. 2017).
-    """
+    """Accuracy, balanced accuracy, NLL (nats), Brier score and ECE of q (N,K) for labels y (N,)."""
     right = (q.argmax(1) == y).float()
     recall = torch.stack([right[y == c].mean() for c in y.unique()])
     likely = q[torch.arange(len(y), device=q.device), y]
@@ -237,24 +228,23 @@ def scores(q, y, bins=15) -> dict:
 
 
 def ece(confidence, right, bins=15) -> float:
-    """Expected calibration error over bins of equal mass; confidence, right (N,)."""
+    """Mean gap of confidence and accuracy over bins of equal mass (Guo et al. 2017)."""
     gap = (confidence - right)[confidence.argsort()]
     return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(gap)
 
 
 def ece_interval(q, y, draws=200, seed=0):
     """95% bootstrap interval of the ECE: the images drawn again with replacement."""
-    generator = torch.Generator().manual_seed(seed)
     confidence, right = q.amax(1).cpu(), (q.argmax(1) == y).float().cpu()
-    picks = torch.randint(len(y), (draws, len(y)), generator=generator)
+    picks = torch.randint(len(y), (draws, len(y)), generator=torch.Generator().manual_seed(seed))
     values = torch.tensor([ece(confidence[p], right[p]) for p in picks])
     return values.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
-    """Rows of stated probability, observed frequency, pairs: over (image, class) pairs, pooled.
+    """Stated probability and observed frequency of the (image, class) pairs with low < q < high.
 
-    Only pairs with low < q < high count, in bins of equal width with at least `least` pairs.
+    A row a bin of equal width that holds at least `least` pairs.
     """
     hit = F.one_hot(y, q.shape[1]).bool()
     inside = (q > low) & (q < high)
@@ -288,7 +278,8 @@ def parse_args(argv=None):
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
         help="of the density that --image and --point are answered from")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
-    add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
+    add("--point", metavar="Z1,Z2,...", type=lambda text: [float(v) for v in text.split(",")],
+        help="print the percentages of this point, and stop")
     return parser.parse_args(argv)
 
 
@@ -298,24 +289,24 @@ def main_axes(mu, y):
     if dim <= 2:
         return torch.zeros(dim), torch.eye(dim, 2)
     means = torch.stack([centred[y == c].mean(0) for c in y.unique()])
-    means = torch.cat([means, 1e-3 * centred[:1000]])     # the means of two classes span a line only
+    means = torch.cat([means, 1e-3 * centred[:1000]])  # two means span only a line
     return mu.mean(0), torch.linalg.svd(means, full_matrices=False)[2][:2].T
 
 
 def draw_map(axes, mu, y, classes, posterior, generator):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages."""
-    import common
     from matplotlib.patches import Ellipse
+    from vae import COLOURS, MARKERS, tidy
     mean, directions = main_axes(mu, y)
     xy, taken = (mu - mean) @ directions, []
     for c in y.unique().tolist():
-        own, colour = xy[y == c], common.COLOURS[c % 10]
+        own, colour = xy[y == c], COLOURS[c % 10]
         axes.scatter(*own[:1500].T, s=7, color=colour, alpha=0.35, linewidths=0,
-                     marker=common.MARKERS[c % 10])
+                     marker=MARKERS[c % 10])
         taken.append(own.mean(0))
         if len(own) > 2:
             variance, turn = torch.linalg.eigh(own.T.double().cov())
-            small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each way
+            small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each
             axes.add_patch(Ellipse(taken[-1], large, small, fill=False, color=colour, lw=1.6,
                                    angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
         axes.annotate(classes[c], taken[-1], ha="center", va="center", fontweight="bold",
@@ -332,20 +323,20 @@ def draw_map(axes, mu, y, classes, posterior, generator):
         axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k], xytext=(0, -13),
                       textcoords="offset points", ha="center", va="top", fontsize=7.5,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
-    common.tidy(axes, "Where do the classes live?", "first main direction of the class means",
+    tidy(axes, "Where do the classes live?", "first main direction of the class means",
                 "second main direction")
 
 
 def draw_reliability(axes, curves):
-    import common
+    from vae import COLOURS, tidy
     axes.plot([0, 1], [0, 1], color="black", lw=0.8)
     axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
-    for (name, rows), style, colour in zip(curves.items(), ("-o", "--s", ":^"), common.COLOURS):
+    for (name, rows), style, colour in zip(curves.items(), ("-o", "--s", ":^"), COLOURS):
         axes.plot([r["stated"] for r in rows], [r["observed"] for r in rows], style, ms=5,
                   color=colour, label=name)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    common.tidy(axes, "Do 30% mean 30%?", "stated percentage", "observed frequency on test images")
+    tidy(axes, "Do 30% mean 30%?", "stated percentage", "observed frequency on test images")
 
 
 def answer(args):
@@ -354,14 +345,10 @@ def answer(args):
     from vae import encode_all, load_vae, read_like
     saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
     posterior = kinds[args.estimator](**saved["calibrated"][args.estimator])
-    dim = saved["mu"].shape[1]
     if args.point:
-        try:
-            z = torch.tensor([[float(v) for v in args.point.split(",")]])
-        except ValueError:
-            z = torch.full((1, dim), math.nan)
-        common.need(z.shape[1] == dim and z.isfinite().all(), f"--point takes {dim} finite numbers "
-                    f"here, with commas between; got {args.point}")
+        z, dim = torch.tensor([args.point]), saved["mu"].shape[1]
+        common.need(z.shape[1] == dim and z.isfinite().all(),
+                    f"--point takes {dim} finite numbers with commas between, not {args.point}")
         q = posterior(z)[0]
     else:
         image, how = read_like(args.image, saved["dataset"])
@@ -372,7 +359,7 @@ def answer(args):
 
 def command(args):
     import common
-    from vae import encode_all, load_vae
+    from vae import encode_all, figure, load_vae
     device, amp = common.start(args)
     if args.image or args.point:
         return answer(args)
@@ -382,19 +369,16 @@ def command(args):
     rows, (_, validation) = upstream["rows"].to(device), common.split(data)
     y, y_test = data.labels[rows], data.test_labels
     held = validation[spread(len(validation), 2000)].to(device)
-    held, held_y = data.images[held], data.labels[held]
-    codes = encode_all(model, data.images[rows], amp)
-    held_codes, test_codes = (encode_all(model, x, amp) for x in (held, data.test_images))
-    some = spread(len(rows), args.codes).to(device)
-    part = codes[0][some], codes[1][some], y[some]
-
+    codes, held_codes, test_codes = (encode_all(model, x, amp) for x in (
+        data.images[rows], data.images[held], data.test_images))
+    part = [v[spread(len(rows), args.codes).to(device)] for v in (*codes, y)]
     fits = {"aggregate": (lambda a: Aggregate.fit(*part, classes, a), (0.25, 0.5, 0.75, 1.0, 1.5)),
             "gaussian": (lambda a: Gaussian.fit(*part, classes, a), (0.0, 0.1, 0.5, 1.0))}
     q = fits["aggregate"][0](0.0)(*test_codes)
     curves = {"before: the encoder's own width": reliability(q, y_test)}
     calibrated, metrics = {}, {"before": scores(q, y_test)}
     for name, (fit, choices) in fits.items():
-        posterior, choice = calibrate(fit, choices, *held_codes, held_y)
+        posterior, choice = calibrate(fit, choices, *held_codes, data.labels[held])
         q = posterior(*test_codes)
         curves[f"calibrated: {name}"] = reliability(q, y_test)
         metrics[name] = {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
@@ -403,15 +387,16 @@ def command(args):
         calibrated[name] = posterior.state()
     prior = y.bincount(minlength=classes) / len(y)
     metrics["class priors"] = scores(prior.expand(len(y_test), classes), y_test)
-    fig = common.figure(14, 6.6)
+    fig = figure(14, 6.6)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_map(left, codes[0].cpu(), y.cpu(), data.classes,
              lambda z: Aggregate(**calibrated["aggregate"])(z.to(device)).cpu(),
              torch.Generator().manual_seed(args.seed))
     draw_reliability(right, curves)
     common.write(args.out / "latent.png", fig)
-    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0], logvar=codes[1],
-                labels=y, calibrated=calibrated, teaching=teach(*part, classes).state())
+    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0],
+                logvar=codes[1], labels=y, calibrated=calibrated,
+                teaching=teach(*part, classes).state())
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
     print(f"{'':14}accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():

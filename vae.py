@@ -203,6 +203,26 @@ def load_vae(args, device="cpu"):
     return model.eval(), saved
 
 
+# Petroff (2021): colours that colour-blind people tell apart, in order of use.
+COLOURS = ["#" + colour for colour in
+           "3f90da ffa90e bd1f01 94a4a2 832db6 a96b59 e76300 b9ac70 717581 92dadd".split()]
+MARKERS = "osD^vP*Xhd"
+
+
+def figure(width=10.0, height=5.0):
+    """A matplotlib Figure on its own: no pyplot, no global state, no display."""
+    from matplotlib.figure import Figure
+    return Figure((width, height), layout="constrained", dpi=130)
+
+
+def tidy(axes, title, x=None, y=None):
+    """One look for all axes: title at the left, no box, a light grid."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
 def picture(axes, images, columns=1, caption=""):
     """Images (N,C,H,W), uint8 or in [0,1], side by side with a white pixel between."""
     images = images.cpu().float() / (255 if images.dtype == torch.uint8 else 1)
@@ -224,7 +244,7 @@ def read_like(path, facts):
     channels, height, width = facts["shape"]
     array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
     array = resize(array, (height, width)) if height != width else array
-    flip = channels == 1 and (border(array) > 127) != facts["light"]   # ink on paper, chalk on slate
+    flip = channels == 1 and (border(array) > 127) != facts["light"]    # ink on paper, or chalk
     return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
         f"{height}x{width}" + ", inverted to the data set's background" * flip
 
@@ -248,19 +268,18 @@ def parse_args(argv=None):
 
 def draw(history, model, data, amp, generator):
     """The curve, reconstructions of test images, samples from the prior."""
-    import common
-    fig = common.figure(13, 4.2)
+    fig = figure(13, 4.2)
     curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
     steps = [row["step"] for row in history]
-    common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats an image")
+    tidy(curve, "Is it still learning?", "step", "negative ELBO, nats an image")
     curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
-               color=common.COLOURS[0], label="training batches")
+               color=COLOURS[0], label="training batches")
     curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
-               color=common.COLOURS[2], label="validation images")
+               color=COLOURS[2], label="validation images")
     curve.legend(frameon=False)
     x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()].float() / 255
     made = decode_all(model, encode_all(model, (x * 255).byte(), amp)[0], amp)
-    pairs = torch.stack([x.view(4, 8, *x.shape[1:]), made.view(4, 8, *x.shape[1:])], 1).flatten(0, 2)
+    pairs = torch.stack([x.unflatten(0, (4, 8)), made.unflatten(0, (4, 8))], 1).flatten(0, 2)
     picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
     z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
     picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
