@@ -56,7 +56,7 @@ $(OUT)/.%.stamp: FORCE
 
 quick:
 	@$(MAKE) --no-print-directory all OUT=$(if $(filter runs/$(RUN),$(OUT)),runs/quick,$(OUT)) \
-	  SIZES=20 SEEDS=2 STEPS=20 VAE_FLAGS='--images 300' HYBRID_FLAGS='--count 200' \
+	  SIZES=20 SEEDS=2 STEPS=$(or $(STEPS),20) VAE_FLAGS='--images 300' HYBRID_FLAGS='--count 200' \
 	  COMPARE_FLAGS='--vae-steps 20'
 
 test: $(TESTED)

@@ -11,6 +11,7 @@ Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -224,7 +225,7 @@ def draw(history, q, y, classes):
     k = len(classes)
     counts = torch.zeros(k, k).index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
     rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    matrix.imshow(rates, cmap="Greys", vmin=0, vmax=100)
+    matrix.imshow(rates.numpy(), cmap="Greys", vmin=0, vmax=100)
     matrix.set_title("Which classes does it confuse?", loc="left", fontsize=11, fontweight="bold")
     if k <= 12:
         matrix.set_xticks(range(k), classes, rotation=45 if max(map(len, classes)) > 3 else 0,
@@ -256,7 +257,9 @@ def answer(args):
     quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
     print("file,likeliest," + ",".join(quoted))
     for file in files:
-        q = predict(model, read_like(file, saved["dataset"])[0])[0].softmax(0)
+        image, how = read_like(file, saved["dataset"])
+        print(how, file=sys.stderr)
+        q = predict(model, image)[0].softmax(0)
         name = str(file).replace('"', '""')
         print(f'"{name}",{quoted[int(q.argmax())]},' + ",".join(f"{p:.4f}" for p in q.tolist()))
 

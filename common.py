@@ -155,7 +155,7 @@ def check(data: Dataset, side: int):
     x, y, x_test, y_test = data.images, data.labels, data.test_images, data.test_labels
     values, names = y.unique(), data.classes or y.unique().tolist()
     strange = sorted(set(y_test.tolist()) - set(values.tolist()))
-    if len(names) > len(values):                        # a name without images is no class
+    if len(names) > len(values) and set(values.tolist()) <= set(range(len(names))):     # unused
         names = [names[v] for v in values.tolist()]
     for ok, what in (
             (len(x) == len(y) and len(x_test) == len(y_test), "images and labels differ in number"),
@@ -209,7 +209,7 @@ def npz_dataset(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, x_test = (as_images(file[key]) for key in ("x_train", "x_test"))
-            y, y_test = (torch.as_tensor(file[key].astype(int)) for key in ("y_train", "y_test"))
+            y, y_test = (as_labels(file[key]) for key in ("y_train", "y_test"))
             classes = file["classes"].tolist() if "classes" in file.files else None
     except Exception as error:                          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., y_train=..., "
@@ -229,6 +229,12 @@ def as_images(array) -> torch.Tensor:
             raise ValueError("pixels that are NaN or outside [0, 255]")
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def as_labels(array) -> torch.Tensor:
+    if not (np.issubdtype(array.dtype, np.number) and array.ndim == 1 and (array % 1 == 0).all()):
+        raise ValueError("labels must be whole numbers, one an image")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
@@ -308,8 +314,10 @@ def cut(labels, rows, fraction):
 def split(data: Dataset):
     """-> pool, validation: a tenth of the training images is cut first and never trained on."""
     rows, aside = torch.arange(len(data.labels)), data.validation
-    return cut(data.labels.cpu(), rows, 0.1) if aside is None else \
+    pool, aside = cut(data.labels.cpu(), rows, 0.1) if aside is None else \
         (rows[~torch.isin(rows, aside)], aside)
+    need(len(aside), f"{data.name}: nothing is left for validation; two images a class are needed")
+    return pool, aside
 
 
 def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
@@ -365,7 +373,7 @@ def load(args, kind: str, device="cpu") -> dict:
     need(path.exists(), f"{path} not found; " + again.replace(" again", "", 1))
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        found, version, sources = saved["kind"], saved["format"], saved["made_from"].items()
+        found, version, sources = saved["kind"], int(saved["format"]), saved["made_from"].items()
     except Exception:                   # zip, pickle and torch each have their own errors
         raise Mistake(f"{path} is damaged; {again}") from None
     need(found == kind and version <= FORMAT,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +47,8 @@ def sample(strategy, count, mu, logvar, y, posterior, generator) -> Points:
     if strategy == "boundary":
         points = sample("between", 8 * count, mu, logvar, y, posterior, generator)
         top = posterior(points.z).amax(1)
-        bins = ((top - 0.5) * 20).long().clamp(max=9)                   # ten bins over [1/2, 1]
-        weight = (1 / bins.clamp(min=0).bincount(minlength=10).clamp(min=1))[bins] * (bins >= 0)
+        bins = ((top - 0.5) * 20).floor().long().clamp(-1, 9)           # ten bins over [1/2, 1]
+        weight = (1 / (bins + 1).bincount(minlength=11).clamp(min=1))[bins + 1] * (bins >= 0)
         if not weight.any():                                            # no point is that certain
             weight = torch.ones_like(top)
         keep = torch.multinomial(weight, count, replacement=True, generator=generator)
@@ -193,7 +194,7 @@ def draw(x, q, strip, strip_q, classes):
         picture(axes, image[None])
         caption(axes, row, classes, words, COLOURS)
     axes = side.subplots()
-    axes.hist(entropy(q).cpu() / math.log(2), bins=30, color=COLOURS[0])
+    axes.hist(entropy(q).cpu().numpy() / math.log(2), bins=30, color=COLOURS[0])
     tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
     return fig
 
@@ -201,9 +202,10 @@ def draw(x, q, strip, strip_q, classes):
 def export(folder, x, q, classes):
     """PNG files in the folder of their likeliest class, and labels.csv with the percentages."""
     from PIL import Image
-    lines = ["file," + ",".join(f'"{c}"' for c in classes)]
+    lines = ["file," + ",".join('"' + c.replace('"', '""') + '"' for c in classes)]
+    folders = [f"{k:03}-" + re.sub(r"[^\w-]", "_", c) for k, c in enumerate(classes)]
     for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
-        name = f"{int(row.argmax()):03}-{classes[int(row.argmax())]}/{k:06}.png".replace(" ", "_")
+        name = f"{folders[int(row.argmax())]}/{k:06}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         array = image.permute(1, 2, 0).numpy()
         Image.fromarray(array[..., 0] if len(image) == 1 else array).save(folder / name)

@@ -229,7 +229,10 @@ def scores(q, y, bins=15) -> dict:
 
 def ece(confidence, right, bins=15) -> float:
     """Mean gap of confidence and accuracy over bins of equal mass (Guo et al. 2017)."""
-    gap = (confidence - right)[confidence.argsort()]
+    level, row = confidence.unique(return_inverse=True)     # ties share their mean gap: no order
+    mean = torch.zeros_like(level).scatter_reduce(0, row, confidence - right, "mean",
+                                                  include_self=False)
+    gap = mean[row.sort()[0]]
     return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(gap)
 
 
@@ -278,8 +281,7 @@ def parse_args(argv=None):
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
         help="of the density that --image and --point are answered from")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
-    add("--point", metavar="Z1,Z2,...", type=lambda text: [float(v) for v in text.split(",")],
-        help="print the percentages of this point, and stop")
+    add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
     return parser.parse_args(argv)
 
 
@@ -301,15 +303,15 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     xy, taken = (mu - mean) @ directions, []
     for c in y.unique().tolist():
         own, colour = xy[y == c], COLOURS[c % 10]
-        axes.scatter(*own[:1500].T, s=7, color=colour, alpha=0.35, linewidths=0,
+        axes.scatter(*own[:1500].T.numpy(), s=7, color=colour, alpha=0.35, linewidths=0,
                      marker=MARKERS[c % 10])
         taken.append(own.mean(0))
         if len(own) > 2:
             variance, turn = torch.linalg.eigh(own.T.double().cov())
             small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each
-            axes.add_patch(Ellipse(taken[-1], large, small, fill=False, color=colour, lw=1.6,
+            axes.add_patch(Ellipse(taken[-1].tolist(), large, small, fill=False, color=colour, lw=1.6,
                                    angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
-        axes.annotate(classes[c], taken[-1], ha="center", va="center", fontweight="bold",
+        axes.annotate(classes[c], taken[-1].tolist(), ha="center", va="center", fontweight="bold",
                       bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour, lw=1.2))
     # Random points on lines between codes: the undecided ones, nine of them far apart.
     i, j = torch.randint(len(mu), (2, 1000), generator=generator)
@@ -319,9 +321,9 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     for _ in range(9):
         k = int(torch.cdist(flat, torch.stack(taken)).amin(1).argmax())
         taken.append(flat[k])
-        axes.plot(*flat[k], "x", color="black", ms=8, mew=2)
-        axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k], xytext=(0, -13),
-                      textcoords="offset points", ha="center", va="top", fontsize=7.5,
+        axes.plot(*flat[k].tolist(), "x", color="black", ms=8, mew=2)
+        axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k].tolist(),
+                      xytext=(0, -13), textcoords="offset points", ha="center", va="top", fontsize=7.5,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
     tidy(axes, "Where do the classes live?", "first main direction of the class means",
                 "second main direction")
@@ -346,8 +348,12 @@ def answer(args):
     saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
     posterior = kinds[args.estimator](**saved["calibrated"][args.estimator])
     if args.point:
-        z, dim = torch.tensor([args.point]), saved["mu"].shape[1]
-        common.need(z.shape[1] == dim and z.isfinite().all(),
+        dim, texts = saved["mu"].shape[1], args.point.split(",")
+        try:
+            z = torch.tensor([[float(text) for text in texts]])
+        except ValueError:
+            texts = []
+        common.need(len(texts) == dim and z.isfinite().all(),
                     f"--point takes {dim} finite numbers with commas between, not {args.point}")
         q = posterior(z)[0]
     else:

@@ -232,7 +232,7 @@ def picture(axes, images, columns=1, caption=""):
     sheet[:n, :, :h, :w] = images
     sheet = sheet.view(rows, columns, c, h + 1, w + 1).permute(0, 3, 1, 4, 2)
     sheet = sheet.reshape(rows * (h + 1), columns * (w + 1), c)[:-1, :-1].clamp(0, 1)
-    axes.imshow(sheet.squeeze(2), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(sheet.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(caption, fontsize=8, labelpad=3)
     axes.spines[:].set_visible(False)
