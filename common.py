@@ -1,12 +1,8 @@
-"""What the scripts share: flags, data sets and files. It knows nothing of models.
-
-Exit codes: 0 done, 2 a user's mistake (one line with the cure), 130 interrupted.
-"""
+"""What the scripts share: flags, data sets and files. It knows nothing of models."""
 from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import hashlib
 import json
 import math
@@ -44,9 +40,8 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"{script}: {message}; see {script} --help\n")
     parser.set_defaults(script=script)
     add = parser.add_argument_group("shared by all scripts").add_argument
-    add("--dataset", metavar="NAME|FOLDER|FILE.npz", help="glyphs (embedded), a folder with one "
-        "subfolder a class, an .npz file, or " + " ".join(TORCHVISION)
-        + "; without it the one in vae.pt, or else glyphs")
+    add("--dataset", metavar="NAME|FOLDER|FILE.npz", help="glyphs (embedded), a folder, an .npz, "
+        "or " + " ".join(TORCHVISION) + "; without it the one in vae.pt, or else glyphs")
     add("--data-dir", help="where named data sets are kept; without it as in vae.pt, or else data")
     add("--image-size", type=number(int, 16, 64), default=32, help="side in pixels, for folders")
     add("-o", "--out", type=Path, help="the working directory; without it runs/<data set>")
@@ -65,27 +60,26 @@ def number(kind, low, high=math.inf):
         if low <= value <= high and not math.isinf(value):              # NaN fails the first test
             return value
         raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__                      # for argparse's "invalid int value"
     return parse
 
 
 def guard(command, args) -> int:
-    """Run command(args); turn what a user can cause into one line and an exit code."""
-    code = 2
+    """Run command(args) -> 0; or say in one line what a user can mend -> 2; interrupted -> 130."""
     try:
         command(args)
         return 0
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; what was finished is kept"
+        message = "interrupted; what was finished is kept"
     except (Mistake, FloatingPointError) as error:
         message = error
     except OSError as error:
-        message = (f"{error.filename or args.out}: {error.strerror or error}" +
-                   "; free some space, then the same command" * (error.errno == errno.ENOSPC))
+        what = f"{error.filename or args.out}: {error.strerror or error}"
+        message = f"{what}; mend that, then run the same command again"
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory; use fewer or smaller images, or --device cpu"
     print(f"{args.script}: {' '.join(str(message).split())}", file=sys.stderr)
-    return code
+    return 130 if str(message).startswith("interrupted") else 2
 
 
 def start(args):
@@ -94,11 +88,12 @@ def start(args):
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    need({"cpu": True, "cuda": cuda, "mps": mps}[name], f"--device {name}: none here; use cpu")
+    cuda, name = torch.cuda.is_available(), args.device
+    name = ("cuda" if cuda else "cpu") if name == "auto" else name
+    here = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name]
+    need(here, f"--device {name}: there is none here; use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # Is bfloat16 fast here? Asked of the processor, not assumed; a torch that cannot tell says no.
+    # Is bfloat16 fast here? The processor is asked; a torch that cannot tell says no.
     fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
             "cuda": cuda and torch.cuda.is_bf16_supported()}[name]
     return torch.device(name), fast if args.amp is None else args.amp
@@ -116,12 +111,12 @@ class Dataset:
     validation: torch.Tensor | None = None
 
     def facts(self, args) -> dict:
-        """What a .pt file says of its data set: enough to load it again and to know it again."""
+        """What a file says of its data set: enough to load it again, and to know it again."""
         some = self.images[::max(1, len(self.images) // 256)].cpu()     # tell any two sets apart
         seen = fingerprint(self.labels.cpu().numpy().tobytes() + some.numpy().tobytes())
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": len(self.images), "light": border(some) > 127,
+                "classes": self.classes, "images": len(self.images), "light": is_light(some),
                 "test_images": len(self.test_images), "fingerprint": seen}
 
 
@@ -134,10 +129,9 @@ def load_dataset(args, device, upstream=None) -> Dataset:
     args.data_dir = args.data_dir or known.get("data_dir", "data")
     if spec == "glyphs" or spec in TORCHVISION:
         data = glyphs() if spec == "glyphs" else torchvision_dataset(spec, args.data_dir)
-    elif spec.endswith(".npz"):
-        data = npz_dataset(Path(spec))
-    elif Path(spec).is_dir():
-        data = folder_dataset(Path(spec), args.image_size, args.out)
+    elif spec.endswith(".npz") or Path(spec).is_dir():
+        data = npz_dataset(Path(spec)) if spec.endswith(".npz") else \
+            folder_dataset(Path(spec), args.image_size, args.out)
     else:
         near = difflib.get_close_matches(spec, ["glyphs", *TORCHVISION], 1)
         hint = f"did you mean {near[0]}?" if near else "names: glyphs " + " ".join(TORCHVISION)
@@ -171,6 +165,11 @@ def check(data: Dataset, side: int):
         data.images, data.test_images = (resize(v, (side, side)) for v in (x, x_test))
 
 
+def is_light(images) -> bool:
+    """Whether the top and bottom rows, taken as the background, are nearer to white."""
+    return images[..., [0, -1], :].float().mean().item() > 127
+
+
 def resize(images, size):
     """uint8 (N,C,H,W) -> uint8 (N,C,*size), antialiased."""
     return torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True)
@@ -182,8 +181,8 @@ def torchvision_dataset(name, root) -> Dataset:
     try:
         from torchvision import datasets
     except (ImportError, RuntimeError) as error:
-        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: pip "
-                      "install --upgrade --force-reinstall torch torchvision") from None
+        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
+                      "pip install --upgrade --force-reinstall torch torchvision") from None
     kind, parts, emnist = getattr(datasets, TORCHVISION[name]), [], name.startswith("emnist")
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
@@ -209,7 +208,10 @@ def npz_dataset(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             x, x_test = (as_images(file[key]) for key in ("x_train", "x_test"))
-            y, y_test = (as_labels(file[key]) for key in ("y_train", "y_test"))
+            y, y_test = (file[key] for key in ("y_train", "y_test"))
+            if any((v % 1 != 0).any() for v in (y, y_test)):            # NaN too
+                raise ValueError("labels must be whole numbers")
+            y, y_test = (torch.from_numpy(v.astype(np.int64).reshape(-1)) for v in (y, y_test))
             classes = file["classes"].tolist() if "classes" in file.files else None
     except Exception as error:                          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., y_train=..., "
@@ -231,12 +233,6 @@ def as_images(array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def as_labels(array) -> torch.Tensor:
-    if not (np.issubdtype(array.dtype, np.number) and array.ndim == 1 and (array % 1 == 0).all()):
-        raise ValueError("labels must be whole numbers, one an image")
-    return torch.from_numpy(array.astype(np.int64))
-
-
 def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     """root/train/<class>/* and root/test/<class>/*, or only <class>/*, a fifth of it for test."""
     from torchvision.datasets import ImageFolder
@@ -247,8 +243,7 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
     classes = parts[0].classes
-    strange = sorted(set(parts[-1].classes) - set(classes))
-    need(not strange, f"{root}: classes {strange[:5]} are in test but not in train")
+    need(set(classes) >= set(parts[-1].classes), f"{root}: test/ has classes that train/ has not")
     files, names = zip(*[(f, part.classes[c]) for part in parts for f, c in part.samples])
     labels, rows = torch.tensor([classes.index(name) for name in names]), torch.arange(len(files))
     about = [FORMAT, side, [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files]]
@@ -257,20 +252,20 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     if not stored.exists():
         grey = all(read_image(f, None) for f in files)
         print(f"reading {len(files):,} images", file=sys.stderr)
-        temporary, shape = cache / "images.tmp.npy", (len(files), 1 if grey else 3, side, side)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        shape = len(files), 1 if grey else 3, side, side
+        array = np.lib.format.open_memmap(cache / "images.tmp.npy", "w+", np.uint8, shape)
         for row, file in enumerate(files):
             array[row] = read_image(file, side, grey)
         array.flush()
-        os.replace(temporary, stored)
+        os.replace(cache / "images.tmp.npy", stored)
     images, size = torch.from_numpy(np.load(stored, mmap_mode="c")), len(parts[0].samples)
-    # Without a test folder the fifth does not depend on --seed: test stays test.
+    # The fifth does not depend on --seed: test stays test.
     first, last = (rows[:size], rows[size:]) if len(parts) == 2 else cut(labels, rows, 0.2)
     return Dataset(images[first], labels[first], images[last], labels[last], classes, root.name)
 
 
 def read_image(path, side, grey=False):
-    """One picture as uint8 (C,side,side): upright, on white, its middle square. Side None: grey?"""
+    """The middle square of a picture, uint8 (C,side,side), upright, on white. Side None: grey?"""
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as picture:
@@ -291,12 +286,6 @@ def read_image(path, side, grey=False):
     return np.asarray(picture)[None] if grey else np.asarray(picture).transpose(2, 0, 1)
 
 
-def border(images) -> float:
-    """The mean brightness of the outermost pixels, 0 to 255."""
-    edges = images[..., [0, -1], :], images[..., [0, -1]]
-    return torch.cat([e.flatten() for e in edges]).float().mean().item()
-
-
 def shuffled_classes(labels, rows, seed) -> list:
     """The rows of each class, shuffled: a list of index tensors."""
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
@@ -314,8 +303,8 @@ def cut(labels, rows, fraction):
 def split(data: Dataset):
     """-> pool, validation: a tenth of the training images is cut first and never trained on."""
     rows, aside = torch.arange(len(data.labels)), data.validation
-    pool, aside = cut(data.labels.cpu(), rows, 0.1) if aside is None else \
-        (rows[~torch.isin(rows, aside)], aside)
+    pool, aside = (rows[~torch.isin(rows, aside)], aside) if aside is not None else \
+        cut(data.labels.cpu(), rows, 0.1)
     need(len(aside), f"{data.name}: nothing is left for validation; two images a class are needed")
     return pool, aside
 
@@ -337,19 +326,18 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
 def write(path: Path, content):
     """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
     temporary = path.with_name(path.name + ".tmp")
-    put = {".json": lambda v, t: t.write_text(json.dumps(v, indent=1, allow_nan=False) + "\n"),
-           ".csv": lambda v, t: t.write_text(v), ".pt": torch.save,
-           ".png": lambda v, t: v.savefig(t, format="png")}[path.suffix]
+    put = {".json": lambda: temporary.write_text(json.dumps(content, indent=1, allow_nan=False)),
+           ".csv": lambda: temporary.write_text(content),
+           ".png": lambda: content.savefig(temporary, format="png")}
     try:
-        put(content, temporary)
+        put.get(path.suffix, lambda: torch.save(content, temporary))()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(content: Path | bytes) -> str:
-    content = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha256(content).hexdigest()[:16]
+def fingerprint(it: Path | bytes) -> str:
+    return hashlib.sha256(it if isinstance(it, bytes) else it.read_bytes()).hexdigest()[:16]
 
 
 def settings(args) -> dict:
@@ -369,8 +357,9 @@ def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content
 
 def load(args, kind: str, device="cpu") -> dict:
     """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the cure."""
-    path, again = args.out / f"{kind}.pt", f"make it again with: {cure(args, kind + '.pt')}"
-    need(path.exists(), f"{path} not found; " + again.replace(" again", "", 1))
+    path, command = args.out / f"{kind}.pt", cure(args, f"{kind}.pt")
+    need(path.exists(), f"{path} not found; make it with: {command}")
+    again = f"make it again with: {command}"
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         found, version, sources = saved["kind"], int(saved["format"]), saved["made_from"].items()

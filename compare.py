@@ -2,10 +2,9 @@
 
     python compare.py                                  # runs/glyphs: 2 sizes x 5 subsets x 3 arms
     python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
-    python compare.py -o runs/mnist --vae-data all     # the VAE sees all images, without labels
 
-Every arm of one size and subset has the same images, initial weights and number of steps; the VAE
-of a cell sees only that cell's images. The last step's score counts; none is picked.
+Every arm of one size and subset has the same images, initial weights and number of steps, and the
+VAE sees no other images. The last step's score counts; none is picked.
 
 Reads:  a data set (the one of vae.pt, if --dataset is not given).
 Writes: compare.json compare.csv compare.png, and cells/, from which an interrupted grid goes on.
@@ -13,7 +12,6 @@ Writes: compare.json compare.csv compare.png, and cells/, from which an interrup
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -33,7 +31,6 @@ import latent
 import vae
 
 # Letters: n real images, S subsets (seeds), an arm is one way to train the CNN.
-
 
 class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
@@ -65,36 +62,35 @@ ARMS = {
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
-BATCH, LATENT_DIM, POOL = 64, 16, 20_000                # POOL: hybrids made for a cell, at most
+BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
 
 
-# ---- one cell --------------------------------------------------------------------------------
-
-def train_vae(images, seed, *, steps, latent_dim, amp):
+def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
     device = images.device
     torch.manual_seed(seed)
-    model = vae.VAE(*images.shape[1:], latent_dim=latent_dim)
+    model = vae.VAE(*images.shape[1:], latent_dim=recipe["latent_dim"])
     model = model.to(device, memory_format=torch.channels_last)
-    generator = torch.Generator(device).manual_seed(seed)
 
     def next_batch(g):
         rows = torch.randint(len(images), (BATCH,), device=device, generator=g)
         return images[rows].float() / 255
 
-    for _ in vae.fit(model, next_batch, steps=steps, rounds=1, amp=amp, generator=generator):
+    for _ in vae.fit(model, next_batch, steps=recipe["vae_steps"], rounds=1, amp=recipe["amp"],
+                     generator=torch.Generator(device).manual_seed(seed)):
         pass
     return model.eval()
 
 
 class Source:
-    """The hybrids of one cell: its n images, their codes, its posterior; pools are made once."""
+    """The hybrids of one cell: its images, their codes, its posterior; pools are made once."""
 
-    def __init__(self, model, images, y, classes, seed, count, amp):
-        self.images, self.y, self.classes, self.count, self.seed = images, y, classes, count, seed
-        self.mu, self.logvar = vae.encode_all(model, images, amp)
-        self.decode = lambda z: vae.decode_all(model, z, amp)
+    def __init__(self, model, images, y, classes, seed, recipe):
+        self.images, self.y, self.seed, amp = images, y, seed, recipe["amp"]
+        self.count = min(POOL, BATCH * recipe["steps"])
         self.encode = lambda x: vae.encode_all(model, x, amp)
+        self.decode = lambda z: vae.decode_all(model, z, amp)
+        self.mu, self.logvar = self.encode(images)
         self.posterior = latent.teach(self.mu, self.logvar, y, classes)
         self.pools = {}
 
@@ -107,14 +103,14 @@ class Source:
             points = hybrids.sample("between" if pixels else arm.strategy, self.count, self.mu,
                                     self.logvar, self.y, self.posterior, g)
             q = hybrids.label(arm.label, points, self.y, self.posterior, g)
-            # Decoding a constant leaves the sources themselves as what the decoder lost: mixup.
+            # A decoder that keeps nothing leaves all to the residual: mixup.
             decode = (lambda z: torch.zeros(1, device=z.device)) if pixels else self.decode
             x = hybrids.render(points, decode, self.mu, self.images, arm.residual)
             self.pools[key] = (x * 255).round().byte(), q
         return self.pools[key]
 
 
-def train_cnn(arm, images, y, classes, source, seed, *, steps, width, weight_decay, amp):
+def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images (and hybrids from `source`)."""
     device, real = images.device, (images, F.one_hot(y, classes).float())
     transforms = [t for t, on in (
@@ -123,11 +119,12 @@ def train_cnn(arm, images, y, classes, source, seed, *, steps, width, weight_dec
         (cnn.affine if images.shape[1] == 1 else cnn.flip_crop, arm.augment)) if on]
     made = source.pool(arm) if arm.strategy else None
     torch.manual_seed(seed)                             # the same initial weights for every arm
-    model = cnn.CNN(images.shape[1], classes, width, 3 if max(images.shape[2:]) <= 32 else 4)
+    blocks = 3 if max(images.shape[2:]) <= 32 else 4
+    model = cnn.CNN(images.shape[1], classes, recipe["width"], blocks)
     model = model.to(device, memory_format=torch.channels_last)
-    generator = torch.Generator(device).manual_seed(seed)
-    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms), steps=steps,
-                     weight_decay=weight_decay, rounds=1, amp=amp, generator=generator):
+    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms),
+                     steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,
+                     amp=recipe["amp"], generator=torch.Generator(device).manual_seed(seed)):
         pass
     return model
 
@@ -154,19 +151,19 @@ def judge(logits_of, images, y, held, held_y) -> dict:
 
 
 def cell_file(folder, n, seed, arm, recipe):
-    mark = hashlib.sha256(json.dumps([ARMS[arm], recipe], sort_keys=True).encode()).hexdigest()
-    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark[:10]}.json"
+    mark = common.fingerprint(json.dumps([ARMS[arm], recipe], sort_keys=True).encode())
+    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
 
 
 def read_cell(file):
-    """The row of a cell, or None: absent, or damaged, which is as good as absent."""
+    """The row of a cell; None where it is absent or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
 
 
-def run_cells(unit, *, data, arms, recipes, folder, amp, shared_vae):
+def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
     """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
     (n, seed), recipe = unit, recipes[unit[0]]
     files = {arm: cell_file(folder, n, seed, arm, recipe) for arm in arms}
@@ -180,26 +177,20 @@ def run_cells(unit, *, data, arms, recipes, folder, amp, shared_vae):
         images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
             (data.images[validation.to(device)], data.labels[validation.to(device)])
         if any(ARMS[arm].strategy for arm in todo):
-            model = shared_vae or train_vae(x, seed, steps=recipe["vae_steps"], amp=amp,
-                                            latent_dim=recipe["latent_dim"])
-            source = Source(model, x, y, classes, seed, min(POOL, BATCH * recipe["steps"]),
-                            amp)
+            model = shared_vae or train_vae(x, seed, recipe)
+            source = Source(model, x, y, classes, seed, recipe)
         for arm in todo:
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source.posterior(*source.encode(v)).clamp(min=1e-9).log()
             else:
-                model = train_cnn(ARMS[arm], x, y, classes, source, seed, amp=amp,
-                                  steps=recipe["steps"], width=recipe["width"],
-                                  weight_decay=recipe["weight_decay"])
-                logits_of = lambda v: cnn.predict(model, v, amp)
+                model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
+                logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
             scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
             common.write(files[arm], {"n": n, "seed": seed, "arm": arm, **scored})
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
         return unit, str(error).splitlines()[0]         # the grid goes on
     return unit, None
 
-
-# ---- the grid --------------------------------------------------------------------------------
 
 def enter(threads):
     """Start of a process: fixed threads, so that a result does not depend on what runs beside."""
@@ -226,8 +217,6 @@ def run_grid(units, work, jobs, threads, progress):
     return failed
 
 
-# ---- statistics ------------------------------------------------------------------------------
-
 def t_quantile(df: int, p=0.975) -> float:
     """Of Student's t: with t = sqrt(df) tan(a), the density of a is cos(a)^(df-1)."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
@@ -237,28 +226,24 @@ def t_quantile(df: int, p=0.975) -> float:
 
 def interval(values):
     """Mean and half-width of its 95% t interval; None for the width of a single value."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return float(values.mean()), None
-    half = t_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    mean, count = float(np.mean(values)), len(values)
+    return mean, float(t_quantile(count - 1) * np.std(values, ddof=1) / math.sqrt(count)) \
+        if count > 1 else None
 
 
 def sign_flip_p(differences):
     """Two-sided exact p of a mean difference: all 2^S signs; None below 6 pairs or above 16."""
-    d = np.asarray(differences, dtype=float)
-    if not 6 <= len(d) <= 16:
+    if not 6 <= len(differences) <= 16:
         return None
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(d))))
-    return float(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-12))
+    sums = np.array(list(itertools.product((-1, 1), repeat=len(differences)))) @ differences
+    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
 
 
 def holm(ps):
     """Holm's step-down correction of p values, in their own order."""
-    order, worst, out = sorted(range(len(ps)), key=ps.__getitem__), 0.0, [0.0] * len(ps)
-    for rank, k in enumerate(order):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
-        out[k] = worst
+    worst, out = 0.0, [0.0] * len(ps)
+    for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
     return out
 
 
@@ -288,13 +273,9 @@ def summarise(rows, base="real"):
 
 
 def verdict(gain, half) -> str:
-    """What a difference to `real` and its half-width show."""
-    if half is None or abs(gain) <= half:
-        return "inconclusive"
-    return "better than real" if gain > 0 else "worse than real"
+    return "inconclusive" if half is None or abs(gain) <= half else \
+        "better than real" if gain > 0 else "worse than real"
 
-
-# ---- command ---------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = common.flags("compare.py", __doc__)
@@ -308,11 +289,10 @@ def parse_args(argv=None):
         help="the VAE sees the cell's n images, or all of them without labels")
     add("--steps", type=common.number(int, 1), help="of every CNN; without it "
         + ", ".join(f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400")
-    add("--width", type=common.number(int, 1, 1024), default=32, help="channels of a CNN's first "
-        "block")
+    add("--width", type=common.number(int, 1, 1024), default=32, help="of a CNN's first block")
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
     add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
-    add("--latent-dim", type=common.number(int, 1, 512), default=LATENT_DIM, help="latent size")
+    add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
     add("--jobs", type=common.number(int, 1), help="cells at once, a process of one thread each; "
         "without it one a core, and one on a GPU")
     return parser.parse_args(argv)
@@ -327,31 +307,29 @@ def draw(table, rows, facts, args):
         look = dict(color=vae.COLOURS[k % 10], marker=vae.MARKERS[k % 10], ms=6,
                     linestyle=("-", "--", ":", "-.")[k % 4], label=arm)
         own = [e for e in table if e["arm"] == arm]
-        shift = 1 + 0.035 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
-        at = [e["n"] * shift for e in own]
+        side = 1 + 0.03 * (k - (len(arms) - 1) / 2)     # side by side, not on top of each other
+        at = [e["n"] * side for e in own]
         left.errorbar(at, [e["accuracy"] for e in own], [e["half"] or 0 for e in own], capsize=3,
                       **look)
-        dots = [r for r in rows if r["arm"] == arm]
-        left.scatter([r["n"] * shift for r in dots], [100 * r["accuracy"] for r in dots], s=9,
-                     color=look["color"], alpha=0.5, linewidths=0)
-        if arm != "real" and all("gain" in e for e in own):
+        dots = [(r["n"] * side, 100 * r["accuracy"]) for r in rows if r["arm"] == arm]
+        left.scatter(*zip(*dots), s=9, color=look["color"], alpha=0.5, linewidths=0)
+        if all("gain" in e for e in own):
             right.errorbar(at, [e["gain"] for e in own], [e["gain_half"] or 0 for e in own],
                            capsize=3, **look)
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
-    subsets = max(e["subsets"] for e in table)
     vae.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
-                f"{args.score} accuracy, %")
+             f"{args.score} accuracy, %")
     vae.tidy(right, "How much better than real images alone?", what,
-                "paired difference, percentage points")
+             "paired difference, percentage points")
+    sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
         axes.set_xscale("log")
-        sizes = sorted({e["n"] for e in table})
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
-    fig.supxlabel(f"{subsets} subsets, each a dot; bars: 95% t intervals" + "; the VAE saw all "
-                  "images, unlabelled" * (args.vae_data == "all"), fontsize=8, color="0.35")
+    fig.supxlabel(f"{max(e['subsets'] for e in table)} subsets, each a dot; bars: 95% t intervals"
+                  + "; the VAE saw all images" * (args.vae_data == "all"), fontsize=8, color="0.35")
     return fig
 
 
@@ -377,9 +355,9 @@ def command(args):
     (pool, _), sizes = common.split(data), sorted(set(args.sizes))
     common.subset(data, pool, sizes[-1], 0)              # too large a size is said now
     facts = data.facts(args)
-    recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "score": args.score,
-              "vae_data": args.vae_data, "latent_dim": args.latent_dim, "amp": amp,
-              "vae_steps": args.vae_steps, "width": args.width, "weight_decay": args.weight_decay}
+    recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
+        key: vars(args)[key] for key in
+        ("score", "vae_data", "latent_dim", "vae_steps", "width", "weight_decay")}}
     folder = args.out / "cells"
     folder.mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]     # one order, whatever was typed
@@ -393,28 +371,25 @@ def command(args):
 
     units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
     jobs = min(args.jobs or (1 if device.type != "cpu" else os.cpu_count()), len(units) or 1)
-    shared = None
-    if args.vae_data == "all" and units:
-        shared = train_vae(data.images[pool.to(device)], args.seed, steps=args.vae_steps, amp=amp,
-                           latent_dim=args.latent_dim)
+    shared = train_vae(data.images[pool.to(device)], args.seed, recipe) \
+        if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
-                             amp=amp, shared_vae=shared)
+                             shared_vae=shared)
     failed = run_grid(units, work, jobs, args.threads or 1,
                       vae.Progress(len(units), "subsets", args.quiet))
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
-    for reason in failed:
-        print(f"failed: {reason}", file=sys.stderr)
+    print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
     common.need(rows, f"no cell could be computed: {failed[:1]}")
     table = summarise(rows)
-    lines = [",".join(rows[0]), *(",".join(str(value) for value in row.values()) for row in rows)]
-    common.write(args.out / "compare.csv", "\n".join(lines) + "\n")
+    common.write(args.out / "compare.csv", "".join(
+        ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
     common.write(args.out / "compare.png", draw(table, rows, facts, args))
     common.write(args.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
         "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
-    print("\n".join(str(args.out / f"compare.{end}") for end in ("png", "csv", "json")))
+    print(*(args.out / f"compare.{end}" for end in ("png", "csv", "json")), sep="\n")
 
 
 def main(argv=None) -> int:

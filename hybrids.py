@@ -93,7 +93,8 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
             return q
         e = 4 * epsilon * t * (1 - t)
         prior = (1 - e) * q + e * posterior.prior
-        return (prior.log() + posterior.evidence(points.z)).softmax(1)
+        evidence = posterior.floored(posterior.log_density(points.z)) / posterior.temperature
+        return (prior.log() + evidence).softmax(1)
     q = posterior(points.z)
     if rule == "argmax":
         return F.one_hot(q.argmax(1), q.shape[1]).float()

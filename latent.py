@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 # Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,); q (M,K).
-
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -37,12 +36,8 @@ class Posterior:
         """q (M,K) from log p(z|c) (M,K)."""
         return (self.prior.log() + self.floored(log_density) / self.temperature).softmax(1)
 
-    def evidence(self, z):
-        """log (p(z|c) + b)^(1/T) (M,K): what a point says of the classes, before any prior."""
-        return self.floored(self.log_density(z)) / self.temperature
-
     def floored(self, log_density):
-        """log(p + b) (M,K)."""
+        """log(p(z|c) + b) (M,K)."""
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
     def state(self) -> dict:
@@ -50,10 +45,11 @@ class Posterior:
         return dict(vars(self))
 
     def set_floor(self, log_density, quantile=0.01):
-        """b = a low quantile of the codes' leave-one-out density, one for all classes."""
+        """b = a low quantile of the codes' leave-one-out density, one for all classes -> self."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
         finite = marginal[marginal.isfinite()]
         self.log_floor = float(finite.quantile(quantile)) if len(finite) else -math.inf
+        return self
 
 
 class Aggregate(Posterior):
@@ -78,8 +74,7 @@ class Aggregate(Posterior):
         s = ((within + total) / (len(y) - len(y.unique()) + 1)).sqrt()
         h = bandwidth * s * counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
         posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
-        posterior.set_floor(posterior.leave_one_out()[0])
-        return posterior
+        return posterior.set_floor(posterior.leave_one_out()[0])
 
     def log_density(self, z, logvar=None, own=None):
         """log p(z|c) (M,K). `own` (M,): the code that each point is, left out of the mean."""
@@ -126,8 +121,7 @@ class Gaussian(Posterior):
         mixed /= ((1 - shrinkage) * counts + shrinkage * len(y)).clamp(min=1e-6)[:, None, None]
         trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         posterior = cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
-        posterior.set_floor(posterior.log_density(mu[spread(len(mu), 2000)]))
-        return posterior
+        return posterior.set_floor(posterior.log_density(mu[spread(len(mu), 2000)]))
 
     def log_density(self, z, logvar=None):
         """log p(z|c) (M,K); with logvar (M,D) integrated over each image's own width."""
@@ -145,8 +139,7 @@ class Gaussian(Posterior):
 def teach(mu, logvar, y, classes, bandwidth=1.0):
     """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
 
-    T = 1 + 3 (1-s)/s, s the leave-one-out accuracy rescaled so that guessing is 0: where the
-    classes overlap in the latent space, its density is trusted less.
+    T = 1 + 3 (1-s)/s, s the codes' leave-one-out accuracy, rescaled so that guessing is 0.
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
@@ -197,10 +190,7 @@ def best_temperature(posterior, log_density, y):
 
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
-    """fit(choice) with the choice and T of smallest NLL on held-out mu, logvar (V,D), y (V,).
-
-    -> posterior, choice. `limit` of the images decide between the choices, all of them fit T.
-    """
+    """fit(choice), choice: of smallest NLL on held-out codes mu, logvar (V,D), y (V,), as is T."""
     few, tried = spread(len(y), limit), []
     for choice in choices:
         posterior = fit(choice)
@@ -237,7 +227,7 @@ def ece(confidence, right, bins=15) -> float:
 
 
 def ece_interval(q, y, draws=200, seed=0):
-    """95% bootstrap interval of the ECE: the images drawn again with replacement."""
+    """95% bootstrap interval of the ECE."""
     confidence, right = q.amax(1).cpu(), (q.argmax(1) == y).float().cpu()
     picks = torch.randint(len(y), (draws, len(y)), generator=torch.Generator().manual_seed(seed))
     values = torch.tensor([ece(confidence[p], right[p]) for p in picks])
@@ -245,10 +235,7 @@ def ece_interval(q, y, draws=200, seed=0):
 
 
 def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
-    """Stated probability and observed frequency of the (image, class) pairs with low < q < high.
-
-    A row a bin of equal width that holds at least `least` pairs.
-    """
+    """A row a bin of the (image, class) pairs with low < q < high, if it has `least` pairs."""
     hit = F.one_hot(y, q.shape[1]).bool()
     inside = (q > low) & (q < high)
     stated, hit = q[inside], hit[inside].float()
@@ -266,8 +253,8 @@ def words(q, classes, most=2) -> str:
 
 
 def ranking(q, classes) -> str:
-    """All percentages (K,), a line a class, the likeliest first."""
-    order = q.argsort(descending=True).tolist()
+    """All percentages, a line a class, the likeliest first."""
+    order = q.argsort(descending=True)
     return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in order)
 
 
@@ -279,28 +266,22 @@ def parse_args(argv=None):
     add = parser.add_argument_group("percentages").add_argument
     add("--codes", type=common.number(int, 2), default=20_000, help="of the density, at most")
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
-        help="of the density that --image and --point are answered from")
+        help="to answer from")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
     add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
     return parser.parse_args(argv)
-
-
-def main_axes(mu, y):
-    """PCA of the class means: -> mean (D,), directions (D,2); the identity when D is 2 or less."""
-    dim, centred = mu.shape[1], mu - mu.mean(0)
-    if dim <= 2:
-        return torch.zeros(dim), torch.eye(dim, 2)
-    means = torch.stack([centred[y == c].mean(0) for c in y.unique()])
-    means = torch.cat([means, 1e-3 * centred[:1000]])  # two means span only a line
-    return mu.mean(0), torch.linalg.svd(means, full_matrices=False)[2][:2].T
 
 
 def draw_map(axes, mu, y, classes, posterior, generator):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages."""
     from matplotlib.patches import Ellipse
     from vae import COLOURS, MARKERS, tidy
-    mean, directions = main_axes(mu, y)
-    xy, taken = (mu - mean) @ directions, []
+    mean, directions, taken = mu.mean(0), torch.eye(mu.shape[1], 2), []
+    if mu.shape[1] > 2:                 # PCA of the class means; two means alone span only a line
+        means = torch.stack([mu[y == c].mean(0) for c in y.unique()])
+        spanned = torch.cat([means - mean, 1e-3 * (mu - mean)[:1000]])
+        directions = torch.linalg.svd(spanned, full_matrices=False)[2][:2].T
+    xy = (mu - mean) @ directions
     for c in y.unique().tolist():
         own, colour = xy[y == c], COLOURS[c % 10]
         axes.scatter(*own[:1500].T.numpy(), s=7, color=colour, alpha=0.35, linewidths=0,
@@ -309,7 +290,7 @@ def draw_map(axes, mu, y, classes, posterior, generator):
         if len(own) > 2:
             variance, turn = torch.linalg.eigh(own.T.double().cov())
             small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each
-            axes.add_patch(Ellipse(taken[-1].tolist(), large, small, fill=False, color=colour, lw=1.6,
+            axes.add_patch(Ellipse(taken[-1].tolist(), large, small, fill=False, color=colour,
                                    angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
         axes.annotate(classes[c], taken[-1].tolist(), ha="center", va="center", fontweight="bold",
                       bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour, lw=1.2))
@@ -323,18 +304,20 @@ def draw_map(axes, mu, y, classes, posterior, generator):
         taken.append(flat[k])
         axes.plot(*flat[k].tolist(), "x", color="black", ms=8, mew=2)
         axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k].tolist(),
-                      xytext=(0, -13), textcoords="offset points", ha="center", va="top", fontsize=7.5,
+                      xytext=(0, -13), textcoords="offset points", ha="center", va="top", size=8,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
     tidy(axes, "Where do the classes live?", "first main direction of the class means",
                 "second main direction")
 
 
-def draw_reliability(axes, curves):
+def draw_reliability(axes, metrics):
     from vae import COLOURS, tidy
     axes.plot([0, 1], [0, 1], color="black", lw=0.8)
     axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
-    for (name, rows), style, colour in zip(curves.items(), ("-o", "--s", ":^"), COLOURS):
-        axes.plot([r["stated"] for r in rows], [r["observed"] for r in rows], style, ms=5,
+    names = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
+    for (name, style), colour in zip(names.items(), COLOURS):
+        rows = metrics[name]["reliability"]
+        axes.plot([row["stated"] for row in rows], [row["observed"] for row in rows], style, ms=5,
                   color=colour, label=name)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -342,20 +325,19 @@ def draw_reliability(axes, curves):
 
 
 def answer(args):
-    """Print the percentages of --image or of --point, from latent.pt."""
     import common
     from vae import encode_all, load_vae, read_like
     saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
     posterior = kinds[args.estimator](**saved["calibrated"][args.estimator])
     if args.point:
-        dim, texts = saved["mu"].shape[1], args.point.split(",")
+        dim = saved["mu"].shape[1]
         try:
-            z = torch.tensor([[float(text) for text in texts]])
+            z = torch.tensor([float(text) for text in args.point.split(",")])
         except ValueError:
-            texts = []
-        common.need(len(texts) == dim and z.isfinite().all(),
+            z = torch.tensor(math.nan)
+        common.need(z.shape == (dim,) and z.isfinite().all(),
                     f"--point takes {dim} finite numbers with commas between, not {args.point}")
-        q = posterior(z)[0]
+        q = posterior(z[None])[0]
     else:
         image, how = read_like(args.image, saved["dataset"])
         print(how)
@@ -380,35 +362,33 @@ def command(args):
     part = [v[spread(len(rows), args.codes).to(device)] for v in (*codes, y)]
     fits = {"aggregate": (lambda a: Aggregate.fit(*part, classes, a), (0.25, 0.5, 0.75, 1.0, 1.5)),
             "gaussian": (lambda a: Gaussian.fit(*part, classes, a), (0.0, 0.1, 0.5, 1.0))}
-    q = fits["aggregate"][0](0.0)(*test_codes)
-    curves = {"before: the encoder's own width": reliability(q, y_test)}
-    calibrated, metrics = {}, {"before": scores(q, y_test)}
+
+    def judged(q):
+        return {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
+                "reliability": reliability(q, y_test)}
+    calibrated, prior = {}, y.bincount(minlength=classes) / len(y)
+    metrics = {"class priors": judged(prior.expand(len(y_test), classes)),
+               "encoder's width": judged(Aggregate.fit(*part, classes, 0.0)(*test_codes))}
     for name, (fit, choices) in fits.items():
         posterior, choice = calibrate(fit, choices, *held_codes, data.labels[held])
-        q = posterior(*test_codes)
-        curves[f"calibrated: {name}"] = reliability(q, y_test)
-        metrics[name] = {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
-                         "choice": choice, "temperature": posterior.temperature,
-                         "reliability": curves[f"calibrated: {name}"]}
+        metrics[name] = {**judged(posterior(*test_codes)), "choice": choice,
+                         "temperature": posterior.temperature}
         calibrated[name] = posterior.state()
-    prior = y.bincount(minlength=classes) / len(y)
-    metrics["class priors"] = scores(prior.expand(len(y_test), classes), y_test)
-    fig = figure(14, 6.6)
+    fig, shown = figure(14, 6.6), Aggregate(**calibrated["aggregate"])
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
-    draw_map(left, codes[0].cpu(), y.cpu(), data.classes,
-             lambda z: Aggregate(**calibrated["aggregate"])(z.to(device)).cpu(),
+    draw_map(left, codes[0].cpu(), y.cpu(), data.classes, lambda z: shown(z.to(device)).cpu(),
              torch.Generator().manual_seed(args.seed))
-    draw_reliability(right, curves)
+    draw_reliability(right, metrics)
     common.write(args.out / "latent.png", fig)
     common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0],
                 logvar=codes[1], labels=y, calibrated=calibrated,
                 teaching=teach(*part, classes).state())
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
-    print(f"{'':14}accuracy    NLL  Brier    ECE  95% interval")
+    print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():
-        print(f"{name:14}{m['accuracy']:8.1%} {m['nll']:6.3f} {m['brier']:6.3f} {m['ece']:6.3f}"
-              + ("  {:.3f} to {:.3f}".format(*m["ece_interval"]) if "ece_interval" in m else ""))
-    print(f"{args.out / 'latent.png'}\n{args.out / 'latent.pt'}")
+        print(f"{name:15}{m['accuracy']:10.1%} {m['nll']:6.3f} {m['brier']:6.3f} {m['ece']:6.3f}  "
+              "{:.3f} to {:.3f}".format(*m["ece_interval"]))
+    print(args.out / "latent.png", args.out / "latent.pt", sep="\n")
 
 
 def main(argv=None) -> int:

@@ -240,11 +240,11 @@ def picture(axes, images, columns=1, caption=""):
 
 def read_like(path, facts):
     """A picture at a data set's side, channels and polarity -> uint8 (1,C,H,W), what was done."""
-    from common import border, read_image, resize
+    from common import is_light, read_image, resize
     channels, height, width = facts["shape"]
     array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
     array = resize(array, (height, width)) if height != width else array
-    flip = channels == 1 and (border(array) > 127) != facts["light"]    # ink on paper, or chalk
+    flip = channels == 1 and is_light(array) != facts["light"]           # ink on paper, or chalk
     return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
         f"{height}x{width}" + ", inverted to the data set's background" * flip
 
