@@ -60,7 +60,7 @@ def number(kind, low, high=math.inf):
         if low <= value <= high and not math.isinf(value):              # NaN fails the first test
             return value
         raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
-    parse.__name__ = kind.__name__                      # for argparse's "invalid int value"
+    parse.__name__ = kind.__name__
     return parse
 
 
@@ -287,7 +287,6 @@ def read_image(path, side, grey=False):
 
 
 def shuffled_classes(labels, rows, seed) -> list:
-    """The rows of each class, shuffled: a list of index tensors."""
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     return [rows[labels[rows] == c] for c in labels[rows].unique()]
 

@@ -92,9 +92,9 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
         if rule == "weight":
             return q
         e = 4 * epsilon * t * (1 - t)
-        prior = (1 - e) * q + e * posterior.prior
-        evidence = posterior.floored(posterior.log_density(points.z)) / posterior.temperature
-        return (prior.log() + evidence).softmax(1)
+        mixed, evidence = (1 - e) * q + e * posterior.prior, posterior(points.z).clamp(min=1e-30)
+        product = mixed * evidence / posterior.prior.clamp(min=1e-30)      # q(c|z) / pi_c
+        return product / product.sum(1, keepdim=True)
     q = posterior(points.z)
     if rule == "argmax":
         return F.one_hot(q.argmax(1), q.shape[1]).float()

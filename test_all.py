@@ -506,7 +506,7 @@ assert latent.words(q, ["cat", "dog"]).count("50%") == 2
 """, "hybrids": """
 class Posterior:
     prior = torch.tensor([0.5, 0.5])
-    def evidence(self, z): return torch.zeros(len(z), 2)
+    def __call__(self, z): return torch.full((len(z), 2), 0.5)
 mu, y, g = torch.randn(6, 2), torch.arange(6) % 2, torch.Generator().manual_seed(0)
 points = hybrids.sample("between", 10, mu, mu, y, Posterior(), g)
 images, decode = torch.zeros(6, 1, 8, 8, dtype=torch.uint8), lambda z: torch.rand(len(z), 1, 8, 8)
@@ -850,11 +850,11 @@ def test_every_arm_and_the_other_regime(copy, capsys):
 
 
 def test_a_failing_size_is_recorded_and_the_others_go_on(grid, tmp_path):
-    same = dict(score="test", steps=8, width=4, vae_steps=8, latent_dim=4)
+    same = dict(score="test", steps=8, width=4, vae_steps=8, latent_dim=4, amp=False)
     recipes = {n: dict(same, weight_decay=decay)
                for n, decay in ((12, 0.05), (30, 1e30))}     # the larger one cannot stay finite
     work = functools.partial(compare.run_cells, data=dataset(grid / "tiny.npz", tmp_path),
-                             arms=["real"], recipes=recipes, folder=tmp_path, amp=False,
+                             arms=["real"], recipes=recipes, folder=tmp_path,
                              shared_vae=None)
     failed, = compare.run_grid([(30, 0), (12, 0)], work, 1, 1, lambda *progress: None)
     assert "n=30 subset 0" in failed and "not finite" in failed
