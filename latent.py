@@ -292,8 +292,8 @@ def draw_map(axes, mu, y, classes, posterior, generator):
             small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each
             axes.add_patch(Ellipse(taken[-1].tolist(), large, small, fill=False, color=colour,
                                    angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
-        axes.annotate(classes[c], taken[-1].tolist(), ha="center", va="center", fontweight="bold",
-                      bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour, lw=1.2))
+        axes.annotate(classes[c], taken[-1].tolist(), ha="center", va="center", weight="bold",
+                      bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour), zorder=9)
     # Random points on lines between codes: the undecided ones, nine of them far apart.
     i, j = torch.randint(len(mu), (2, 1000), generator=generator)
     z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))

@@ -277,6 +277,16 @@ def test_boundary_spreads_the_top_percentage_evenly():
     assert top.min() >= 0.5 and (top.histc(10, 0.5, 1) - 500).abs().max() < 150
 
 
+def test_hybrid_mixer_without_a_decoder_is_mixup_of_other_classes():
+    y = torch.arange(30) % 3
+    x = (y.float() / 2)[:, None, None, None].expand(30, 1, 4, 4)        # grey says the class
+    mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), lambda z: torch.zeros(1),
+                                world()[3], rule="weight", generator=seeded())
+    made, q = mixer(x, y)
+    close(made, (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made))
+    assert 0.2 < q.gather(1, y[:, None]).mean() < 0.8 and ((q > 0).sum(1) == 2).all()
+
+
 @pytest.mark.parametrize("same_class", [True, False])
 def test_partners(same_class):
     y, i = torch.tensor([2, 0, 1, 1, 0, 1, 2]), torch.arange(7).repeat(500)
@@ -1023,6 +1033,15 @@ def test_make_quick_and_then_nothing(tree, tmp_path):
             ["compare"], ("json", "csv", "png"))]:
         assert (tmp_path / "out" / f"{name}.{end}").exists()
     assert ".py" not in make(tree, *words)
+
+
+def test_the_snippets_of_the_readme_run(copy, tmp_path):
+    shutil.copytree(copy, tmp_path / "runs" / "glyphs", dirs_exist_ok=True)
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        done = shell(sys.executable, "-B", "-c", snippet, cwd=tmp_path, PYTHONPATH=str(HERE))
+        assert done.returncode == 0, done.stderr
 
 
 STAND_IN = """#!/bin/sh
