@@ -8,6 +8,7 @@ OUT     ?= runs/$(RUN)
 SIZES   ?= 100 300
 SEEDS   ?= 5
 STEPS   ?=
+IMAGE_SIZE ?= 32
 DEVICE  ?= auto
 PIP_ARGS ?=
 
@@ -18,7 +19,7 @@ READY  := .venv/ready
 TESTED := .venv/ready-test
 endif
 
-COMMON := --dataset $(DATASET) --data-dir $(DATA) -o $(OUT) --device $(DEVICE)
+COMMON := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) -o $(OUT) --device $(DEVICE)
 LATER  := -o $(OUT) --device $(DEVICE)
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
@@ -56,15 +57,15 @@ $(OUT)/.%.stamp: FORCE
 
 quick:
 	@$(MAKE) --no-print-directory all OUT=$(if $(filter runs/$(RUN),$(OUT)),runs/quick,$(OUT)) \
-	  SIZES=20 SEEDS=2 STEPS=$(or $(STEPS),20) VAE_FLAGS='--images 300' HYBRID_FLAGS='--count 200' \
+	  SIZES=20 SEEDS=2 STEPS=$(or $(STEPS),20) VAE_FLAGS='--images 100' HYBRID_FLAGS='--count 200' \
 	  COMPARE_FLAGS='--vae-steps 20'
 
 test: $(TESTED)
 	$(PYTHON) -m pytest -q test_all.py
 
-# Hours: sizes 100 300 1000 on 10 subsets, all arms. It goes on where it was stopped.
+# Hours: sizes 100 300 1000 on 10 subsets, the main arms. It goes on where it was stopped.
 evidence: $(READY)
-	$(PYTHON) compare.py $(COMMON) --sizes 100 300 1000 --seeds 10 --arms real augment mixup \
+	$(PYTHON) compare.py $(COMMON) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms real augment mixup \
 	  real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
 
 .venv/ready: requirements.txt
@@ -86,5 +87,6 @@ help:
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
-	@echo '           STEPS=$(STEPS) DEVICE=$(DEVICE) PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
+	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE) PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
+	@echo '           VAE_FLAGS HYBRID_FLAGS COMPARE_FLAGS: any flags of those scripts'
 	@echo 'Example:   make all DATASET=mnist SIZES="100 1000" SEEDS=10'

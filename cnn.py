@@ -2,10 +2,10 @@
 
     python cnn.py                                      # real and hybrid images, half and half
     python cnn.py -o runs/mnist --hybrid-fraction 0    # the plain CNN: real images only
-    python cnn.py -o runs/mnist --augment --mixup 0.5  # without VAE or hybrids any more
+    python cnn.py --dataset mnist --hybrid-fraction 0 --augment --mixup 0.5   # no VAE needed
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
-Reads:  vae.pt (which data set, which images), hybrids.pt unless --hybrid-fraction 0.
+Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids.
 Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
 """
 from __future__ import annotations
@@ -129,7 +129,7 @@ def uniform(x, low, high, generator):
 
 
 def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
-    """Rotate, stretch, shear and shift, with black around: for grey images."""
+    """Rotate, stretch, shear and shift, the border continued: for grey images."""
     turn, slant = (uniform(x, -s, s, generator) for s in (math.radians(degrees), shear))
     wide, high = (uniform(x, -scale, scale, generator).exp() for _ in range(2))
     right, down = (uniform(x, -2 * shift, 2 * shift, generator) for _ in range(2))
@@ -137,7 +137,7 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     rows = torch.stack([cos * wide, (slant * cos - sin) * high, right,
                         sin * wide, (slant * sin + cos) * high, down], 1).view(-1, 2, 3)
     return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False),
-                         align_corners=False), q
+                         padding_mode="border", align_corners=False), q
 
 
 def flip_crop(x, q, generator, pad=4):
@@ -271,14 +271,15 @@ def command(args):
     device, amp = common.start(args)
     if args.predict:
         return answer(args)
-    upstream = common.load(args, "vae", device)
+    stems = [args.out / "vae.pt"] if args.hybrid_fraction or (args.out / "vae.pt").exists() else []
+    upstream = common.load(args, "vae", device) if stems else None
     data = common.load_dataset(args, device, upstream)
     pool, validation = common.split(data)
-    validation = validation.to(device)
-    rows = upstream["rows"] if args.images is None else \
-        common.subset(data, pool, args.images, args.seed)
+    validation, rows = validation.to(device), upstream["rows"] if upstream else pool
+    if args.images:
+        rows = common.subset(data, pool, args.images, args.seed)
     x, y, classes = data.images[rows.to(device)], data.labels[rows.to(device)], len(data.classes)
-    real, made, made_from = (x, F.one_hot(y, classes).float()), None, [args.out / "vae.pt"]
+    real, made, made_from = (x, F.one_hot(y, classes).float()), None, stems
     if args.hybrid_fraction:
         saved = common.load(args, "hybrids", device)
         made, made_from = (saved["images"], saved["q"]), [*made_from, args.out / "hybrids.pt"]
@@ -291,7 +292,8 @@ def command(args):
     model = model.to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(args.seed)
     stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"
-    work = {"settings": common.settings(args), "dataset": data.facts(args),
+    work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
+            "code": common.fingerprint(Path(__file__)), "amp": amp,
             "made_from": [common.fingerprint(f) for f in made_from]}
     state, history = resume(args, last, work)
     progress = Progress(args.steps, "cnn", args.quiet, state["step"] if state else 0,
@@ -310,7 +312,7 @@ def command(args):
     metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}
     common.write(args.out / "cnn.png", draw(history, q.cpu(), data.test_labels.cpu(), data.classes))
     common.save(stem, args, data, metrics, made_from, config=model.config,
-                model=model.state_dict())
+                model=model.cpu().state_dict())
     last.unlink(missing_ok=True)
     print(f"{len(x):,} real images, {args.hybrid_fraction:.0%} hybrids in each batch; on "
           f"{len(q):,} test images:\n" + "accuracy {accuracy:.2%}  (balanced "

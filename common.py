@@ -74,8 +74,7 @@ def guard(command, args) -> int:
     except (Mistake, FloatingPointError) as error:
         message = error
     except OSError as error:
-        what = f"{error.filename or args.out}: {error.strerror or error}"
-        message = f"{what}; mend that, then run the same command again"
+        message = f"{error.filename or args.out}: {error.strerror or error}; mend that and rerun"
     except (MemoryError, torch.OutOfMemoryError):
         message = "out of memory; use fewer or smaller images, or --device cpu"
     print(f"{args.script}: {' '.join(str(message).split())}", file=sys.stderr)
@@ -88,11 +87,10 @@ def start(args):
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    cuda, name = torch.cuda.is_available(), args.device
-    name = ("cuda" if cuda else "cpu") if name == "auto" else name
+    cuda = torch.cuda.is_available()
+    name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
     here = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name]
     need(here, f"--device {name}: there is none here; use --device cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # Is bfloat16 fast here? The processor is asked; a torch that cannot tell says no.
     fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
             "cuda": cuda and torch.cuda.is_bf16_supported()}[name]
@@ -176,14 +174,19 @@ def resize(images, size):
                       .round().clamp(0, 255).byte() for part in images.split(1000)])
 
 
-def torchvision_dataset(name, root) -> Dataset:
-    """One of torchvision.datasets, downloaded only if it is not on disk."""
+def torchvision_datasets():
     try:
         from torchvision import datasets
+        return datasets
     except (ImportError, RuntimeError) as error:
         raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
                       "pip install --upgrade --force-reinstall torch torchvision") from None
-    kind, parts, emnist = getattr(datasets, TORCHVISION[name]), [], name.startswith("emnist")
+
+
+def torchvision_dataset(name, root) -> Dataset:
+    """One of torchvision.datasets, downloaded only if it is not on disk."""
+    kind = getattr(torchvision_datasets(), TORCHVISION[name])
+    parts, emnist = [], name.startswith("emnist")
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
         keywords |= {"split": name.removeprefix("emnist-")} if emnist else {}
@@ -222,8 +225,7 @@ def npz_dataset(path: Path) -> Dataset:
 def as_images(array) -> torch.Tensor:
     """An array of images -> uint8 (N,C,H,W). Floats are in [0,1], or else in [0,255]."""
     array = array[:, None] if array.ndim == 3 else array
-    if array.ndim == 4 and array.shape[1] not in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
+    array = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[3] in (1, 3) else array
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
     if array.dtype != np.uint8:
@@ -235,10 +237,10 @@ def as_images(array) -> torch.Tensor:
 
 def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     """root/train/<class>/* and root/test/<class>/*, or only <class>/*, a fifth of it for test."""
-    from torchvision.datasets import ImageFolder
+    image_folder = torchvision_datasets().ImageFolder
     folders = [f for f in (root / "train", root / "test") if f.is_dir()]
     try:
-        parts = [ImageFolder(str(folder), is_valid_file=lambda f: f.lower().endswith(IMAGE_FILES))
+        parts = [image_folder(str(folder), is_valid_file=lambda f: f.lower().endswith(IMAGE_FILES))
                  for folder in (folders if root / "train" in folders else [root])]
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
@@ -247,7 +249,7 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     files, names = zip(*[(f, part.classes[c]) for part in parts for f, c in part.samples])
     labels, rows = torch.tensor([classes.index(name) for name in names]), torch.arange(len(files))
     about = [FORMAT, side, [[f, os.path.getsize(f), os.stat(f).st_mtime_ns] for f in files]]
-    # Decoded once, then opened memory-mapped; the name is a digest of what made it.
+    # Decoded once, then opened memory-mapped; named by a digest of what made it.
     stored = cache / f"images-{fingerprint(json.dumps(about).encode())}.npy"
     if not stored.exists():
         grey = all(read_image(f, None) for f in files)
@@ -340,13 +342,12 @@ def fingerprint(it: Path | bytes) -> str:
 
 
 def settings(args) -> dict:
-    """The flags that decide what is made, as plain values."""
     other = "out script resume quiet export image point predict jobs".split()
     return {key: value for key, value in sorted(vars(args).items()) if key not in other}
 
 
 def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content):
-    """Write path (its stem is its kind) and, before it, the same facts as .json beside it."""
+    """Write path (its stem is its kind) and, before it, its facts as .json beside it."""
     facts = {"kind": path.stem, "format": FORMAT, "settings": settings(args), "metrics": metrics,
              "dataset": data.facts(args), "made_from": {p.stem: fingerprint(p) for p in made_from},
              "versions": {"torch": str(torch.__version__), "numpy": str(np.__version__)}}
@@ -397,8 +398,7 @@ def glyphs(seed=0, side=28) -> Dataset:
         fields = torch.stack([distance_field(name, d, side)
                               for name in names for d in "0123456789"])
         which = 10 * torch.randint(len(fields) // 10, (n,), generator=g) + torch.arange(n) % 10
-        # Small batches stay in the processor's cache.
-        images += [draw(fields[part], side, g) for part in which.split(500)]
+        images += [draw(fields[part], side, g) for part in which.split(500)]    # fits the cache
     x, y = torch.cat(images), torch.arange(12_000) % 10
     return Dataset(x[:10_000], y[:10_000], x[10_000:], y[10_000:], list("0123456789"), "glyphs",
                    torch.arange(9000, 10_000))

@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,6 @@ import latent
 import vae
 
 # Letters: n real images, S subsets (seeds), an arm is one way to train the CNN.
-
 class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
     strategy: str = ""
@@ -57,7 +57,7 @@ ARMS = {
     "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "mixup density labels": Arm("pixels", "product"),  # the same pairs, mixed as images
+    "mixup density labels": Arm("pixels", "density"),   # the same pairs, mixed as images
     "reconstructions": Arm("around", "weight", residual=False),
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
@@ -140,14 +140,14 @@ def corrupt(images, seed=0):
 
 def judge(logits_of, images, y, held, held_y) -> dict:
     """Scores on images, plain and after one temperature fitted on held-out images."""
-    logits, held_logits = logits_of(images), logits_of(held)
+    logits, held_logits, few = logits_of(images), logits_of(held), latent.spread(len(y), 2000)
     best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
                key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
     scaled = latent.scores((logits / best).softmax(1), y)
     return {**latent.scores(logits.softmax(1), y), "temperature": best,
             "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
-            **{name: (logits_of(harder).argmax(1) == y[:2000]).float().mean().item()
-               for name, harder in corrupt(images[:2000]).items()}}
+            **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
+               for name, harder in corrupt(images[few]).items()}}
 
 
 def cell_file(folder, n, seed, arm, recipe):
@@ -177,8 +177,7 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
         images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
             (data.images[validation.to(device)], data.labels[validation.to(device)])
         if any(ARMS[arm].strategy for arm in todo):
-            model = shared_vae or train_vae(x, seed, recipe)
-            source = Source(model, x, y, classes, seed, recipe)
+            source = Source(shared_vae or train_vae(x, seed, recipe), x, y, classes, seed, recipe)
         for arm in todo:
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source.posterior(*source.encode(v)).clamp(min=1e-9).log()
@@ -192,28 +191,26 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
     return unit, None
 
 
-def enter(threads):
-    """Start of a process: fixed threads, so that a result does not depend on what runs beside."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's business
-    torch.set_num_threads(threads)
-
-
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
     failed, pool = [], None
+    torch.set_num_threads(threads)      # the same everywhere: jobs must not change a result
     if jobs > 1:
-        pool = torch.multiprocessing.get_context("spawn").Pool(jobs, enter, [threads])
-    else:
-        torch.set_num_threads(threads)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's business
+        pool = ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"),
+                                   torch.set_num_threads, [threads])
+        futures = [pool.submit(work, unit) for unit in units]
+        signal.signal(signal.SIGINT, before)
     try:
-        results = pool.imap_unordered(work, units) if pool else map(work, units)
+        results = (f.result() for f in as_completed(futures)) if pool else map(work, units)
         for done, ((n, seed), reason) in enumerate(results, 1):
             failed += [f"n={n} subset {seed}: {reason}"] if reason else []
             progress(done, reason or f"n={n} subset {seed}")
+    except RuntimeError as error:                       # a process killed, or no shared memory
+        raise common.Mistake(f"{error}; run the same command again, with --jobs 1") from None
     finally:
-        if pool:
-            pool.terminate()
-            pool.join()
+        for process in list(pool._processes.values()) if pool else ():
+            process.terminate()
     return failed
 
 
@@ -249,8 +246,7 @@ def holm(ps):
 
 def summarise(rows, base="real"):
     """One entry a size and arm: mean, interval, and the paired difference to `base`, in points."""
-    by = {(r["n"], r["seed"], r["arm"]): r for r in rows}
-    table = []
+    table, by = [], {(r["n"], r["seed"], r["arm"]): r for r in rows}
     for n in sorted({r["n"] for r in rows}):
         for arm in ARMS:
             own = [r for r in rows if r["n"] == n and r["arm"] == arm]
@@ -273,8 +269,8 @@ def summarise(rows, base="real"):
 
 
 def verdict(gain, half) -> str:
-    return "inconclusive" if half is None or abs(gain) <= half else \
-        "better than real" if gain > 0 else "worse than real"
+    sure = half is not None and abs(gain) > half
+    return f"{'better' if gain > 0 else 'worse'} than real" if sure else "inconclusive"
 
 
 def parse_args(argv=None):
@@ -352,8 +348,11 @@ def command(args):
     device, amp = common.start(args)
     known = not args.dataset and (args.out / "vae.pt").exists()
     data = common.load_dataset(args, device, common.load(args, "vae") if known else None)
-    (pool, _), sizes = common.split(data), sorted(set(args.sizes))
-    common.subset(data, pool, sizes[-1], 0)              # too large a size is said now
+    pool, _ = common.split(data)
+    sizes = sorted({n for n in args.sizes if n <= len(pool)})
+    common.need(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to train on")
+    if max(args.sizes) > len(pool):
+        print(f"sizes above the {len(pool)} images to train on are left out", file=sys.stderr)
     facts = data.facts(args)
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
         key: vars(args)[key] for key in
@@ -371,7 +370,7 @@ def command(args):
 
     units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
     jobs = min(args.jobs or (1 if device.type != "cpu" else os.cpu_count()), len(units) or 1)
-    shared = train_vae(data.images[pool.to(device)], args.seed, recipe) \
+    shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared_vae=shared)
@@ -390,6 +389,7 @@ def command(args):
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
     print(*(args.out / f"compare.{end}" for end in ("png", "csv", "json")), sep="\n")
+    common.need(not failed, f"{len(failed)} of {len(units)} subsets failed; run it again")
 
 
 def main(argv=None) -> int:

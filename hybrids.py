@@ -154,7 +154,7 @@ def parse_args(argv=None):
     import common
     parser = common.flags("hybrids.py", __doc__)
     add = parser.add_argument_group("hybrids").add_argument
-    add("--count", type=common.number(int, 1), default=20_000, help="how many")
+    add("--count", type=common.number(int, 1, 2_000_000), default=20_000, help="how many")
     add("--strategy", choices=STRATEGIES, default="between", help="where to sample")
     add("--label", choices=LABELS, help="how to label; without it product, and density for "
         "points from the prior")
@@ -238,14 +238,14 @@ def command(args):
     metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
                "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
                "histogram": entropy(q).histc(20, 0, math.log(len(data.classes))).tolist()}
-    # The walk: nine steps between the codes of the most evenly mixed pair of different classes.
+    # The walk: nine steps from the first code to a random one of another class.
     i = torch.zeros(9, dtype=torch.long, device=device)
     j = partners(y, i[:1], False, generator).expand(9)
     t = torch.linspace(1, 0, 9, device=device)
     strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
     strip_x, strip_q = make(strip) if args.strategy != "prior" else \
-        ((decode_all(model, strip.z, amp) * 255).byte(), posterior(strip.z))
-    shown = q[:28, :].argmax(1).argsort(stable=True)
+        ((decode_all(model, strip.z, amp) * 255).round().byte(), posterior(strip.z))
+    shown = q[:28].argmax(1).argsort(stable=True)
     order = torch.cat([shown, torch.arange(len(shown), len(q), device=device)])
     common.write(args.out / "hybrids.png",
                  draw(x[order], q[order].cpu(), strip_x, strip_q.cpu(), data.classes))

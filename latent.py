@@ -1,8 +1,8 @@
 """Class percentages of any point of the latent space: "20% cat + 80% dog".
 
     python latent.py                                   # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
-    python latent.py -o runs/mnist --image seven.png   # the percentages of an image
-    python latent.py -o runs/mnist --point 0.3,-1.2,...      # of a latent point, D numbers
+    python latent.py -o runs/mnist --image seven.png   # the percentages of a picture
+    python latent.py -o runs/mnist --point=-0.3,1.2,...      # of a latent point, D numbers
 
 Reads:  vae.pt and its data set.
 Writes: latent.pt latent.json latent.png.
@@ -129,7 +129,8 @@ class Gaussian(Posterior):
             normal = torch.distributions.MultivariateNormal(self.mean, self.covariance)
             return normal.log_prob(z[:, None])
         parts = []
-        for point, own in zip(z.split(256), logvar.exp().split(256)):      # (256,K,D,D) at once
+        step = max(1, 2 ** 23 // self.covariance.numel())             # (step,K,D,D) at once
+        for point, own in zip(z.split(step), logvar.exp().split(step)):
             normal = torch.distributions.MultivariateNormal(
                 self.mean, self.covariance + own.diag_embed()[:, None])
             parts.append(normal.log_prob(point[:, None]))
@@ -185,7 +186,7 @@ def best_temperature(posterior, log_density, y):
     """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
     def nll(t):
         log_q = (posterior.prior.log() + posterior.floored(log_density) / t).log_softmax(1)
-        return F.nll_loss(log_q, y).item()
+        return F.nll_loss(log_q.clamp(min=-30), y).item()
     return min((nll(t), t) for t in torch.logspace(-2, 6, 65, base=2).tolist())[::-1]
 
 
@@ -202,8 +203,8 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
 
 
 def spread(n, most):
-    """At most `most` of the rows 0..n-1, at even distances."""
-    return torch.linspace(0, n - 1, min(most, n)).long()
+    """At most `most` of the rows 0..n-1, at random but always the same ones, in order."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort()[0]
 
 
 def scores(q, y, bins=15) -> dict:
@@ -267,8 +268,8 @@ def parse_args(argv=None):
     add("--codes", type=common.number(int, 2), default=20_000, help="of the density, at most")
     add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
         help="to answer from")
-    add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
-    add("--point", metavar="Z1,Z2,...", help="print the percentages of this point, and stop")
+    add("--image", metavar="FILE", help="print the percentages of this picture")
+    add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point")
     return parser.parse_args(argv)
 
 
@@ -278,7 +279,7 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     from vae import COLOURS, MARKERS, tidy
     mean, directions, taken = mu.mean(0), torch.eye(mu.shape[1], 2), []
     if mu.shape[1] > 2:                 # PCA of the class means; two means alone span only a line
-        means = torch.stack([mu[y == c].mean(0) for c in y.unique()])
+        means = class_means(mu, y, len(classes))[y.unique()]
         spanned = torch.cat([means - mean, 1e-3 * (mu - mean)[:1000]])
         directions = torch.linalg.svd(spanned, full_matrices=False)[2][:2].T
     xy = (mu - mean) @ directions
@@ -353,9 +354,8 @@ def command(args):
         return answer(args)
     model, upstream = load_vae(args, device)
     data = common.load_dataset(args, device, upstream)
-    classes = len(data.classes)
-    rows, (_, validation) = upstream["rows"].to(device), common.split(data)
-    y, y_test = data.labels[rows], data.test_labels
+    rows, validation = upstream["rows"].to(device), common.split(data)[1]
+    y, y_test, classes = data.labels[rows], data.test_labels, len(data.classes)
     held = validation[spread(len(validation), 2000)].to(device)
     codes, held_codes, test_codes = (encode_all(model, x, amp) for x in (
         data.images[rows], data.images[held], data.test_images))

@@ -931,7 +931,7 @@ MISTAKES = {
     "empty folder": ("vae", lambda o: folder(o), "subfolder"),
     "empty class": ("vae", lambda o: folder(o, "cat"), "cat"),
     "too many": ("vae", lambda o: [*bad(o), "--images", 181], "181 images"),
-    "too large a size": ("compare", lambda o: ["--sizes", 20, 9999], "9999 images"),
+    "too large a size": ("compare", lambda o: ["--sizes", 9999], "9999 images"),
     "no such device": ("vae", lambda o: ["--device", ABSENT], f"--device {ABSENT}"),
     "out is a file": ("vae", lambda o: ["-o", o / "vae.pt"], "is a file"),
     "out in a file": ("vae", lambda o: ["-o", o / "vae.pt" / "x"], "vae.pt"),

@@ -277,9 +277,9 @@ def draw(history, model, data, amp, generator):
     curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
                color=COLOURS[2], label="validation images")
     curve.legend(frameon=False)
-    x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()].float() / 255
-    made = decode_all(model, encode_all(model, (x * 255).byte(), amp)[0], amp)
-    pairs = torch.stack([x.unflatten(0, (4, 8)), made.unflatten(0, (4, 8))], 1).flatten(0, 2)
+    x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()]
+    made = decode_all(model, encode_all(model, x, amp)[0], amp)
+    pairs = torch.stack([v.unflatten(0, (4, 8)) for v in (x / 255, made)], 1).flatten(0, 2)
     picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
     z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
     picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
@@ -300,7 +300,8 @@ def command(args):
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim)
     model = model.to(device, memory_format=torch.channels_last)
     stem, last = args.out / "vae.pt", args.out / "vae.last.pt"
-    work = {"settings": common.settings(args), "dataset": data.facts(args)}
+    work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
+            "code": common.fingerprint(Path(__file__)), "amp": amp}
     state, history = resume(args, last, work)
     progress = Progress(args.steps, "vae", args.quiet, state["step"] if state else 0,
                         args.out / "vae.log.jsonl")
@@ -311,7 +312,8 @@ def command(args):
 
     def score(part):
         fresh = torch.Generator(device).manual_seed(args.seed + 1)
-        return evaluate(model, part[:10_000], generator=fresh, amp=amp)
+        some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
+        return evaluate(model, part[some.to(device)], generator=fresh, amp=amp)
 
     for row in fit(model, next_batch, steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
                    generator=generator, state=state):
@@ -325,7 +327,7 @@ def command(args):
     metrics = {"train": score(images), "test": score(data.test_images), "history": history}
     common.write(args.out / "vae.png", draw(history, model, data, amp, generator))
     common.save(stem, args, data, metrics, config=model.config, rows=rows,
-                model=model.state_dict())
+                model=model.cpu().state_dict())
     last.unlink(missing_ok=True)
     for part in ("train", "test"):
         m = metrics[part]
