@@ -175,7 +175,8 @@ def caption(axes, q, classes, words, colours):
         axes.barh(-0.09, float(q[c]), 0.07, left, transform=axes.transAxes, clip_on=False,
                   color=colours[c % len(colours)], edgecolor="white", linewidth=0.5)
         left += float(q[c])
-    axes.set_xlabel(words(q, classes), fontsize=7, labelpad=13)
+    text = words(q, classes)
+    axes.set_xlabel(text.replace(" + ", " +\n") if len(text) > 22 else text, fontsize=7, labelpad=13)
 
 
 def draw(x, q, strip, strip_q, classes):
