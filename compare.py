@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -300,8 +299,9 @@ def draw(table, rows, facts, args):
     left, right = fig.subplots(1, 2)
     arms = [arm for arm in ARMS if any(e["arm"] == arm for e in table)]
     for k, arm in enumerate(arms):
-        look = dict(color=vae.COLOURS[k % 10], marker=vae.MARKERS[k % 10], ms=6,
-                    linestyle=("-", "--", ":", "-.")[k % 4], label=arm)
+        place = list(ARMS).index(arm)                   # one look an arm, whichever are compared
+        look = dict(color=vae.COLOURS[place % 10], marker=vae.MARKERS[place % 10], ms=6, label=arm,
+                    ls=("-", "--", ":", "-.")[place % 4], lw=2.5 if arm == "real+hybrid" else 1.3)
         own = [e for e in table if e["arm"] == arm]
         side = 1 + 0.03 * (k - (len(arms) - 1) / 2)     # side by side, not on top of each other
         at = [e["n"] * side for e in own]
@@ -321,7 +321,7 @@ def draw(table, rows, facts, args):
     sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
     fig.supxlabel(f"{max(e['subsets'] for e in table)} subsets, each a dot; bars: 95% t intervals"
@@ -369,7 +369,7 @@ def command(args):
         return [row for row in rows if row]
 
     units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
-    jobs = min(args.jobs or (1 if device.type != "cpu" else os.cpu_count()), len(units) or 1)
+    jobs = min(args.jobs or (1 if device.type != "cpu" else torch.multiprocessing.cpu_count()), len(units) or 1)
     shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
