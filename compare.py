@@ -352,7 +352,7 @@ def command(args):
     sizes = sorted({n for n in args.sizes if n <= len(pool)})
     common.need(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to train on")
     if max(args.sizes) > len(pool):
-        print(f"sizes above the {len(pool)} images to train on are left out", file=sys.stderr)
+        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
     facts = data.facts(args)
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
         key: vars(args)[key] for key in
@@ -369,12 +369,12 @@ def command(args):
         return [row for row in rows if row]
 
     units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
-    jobs = min(args.jobs or (1 if device.type != "cpu" else torch.multiprocessing.cpu_count()), len(units) or 1)
+    jobs = args.jobs or (torch.multiprocessing.cpu_count() if device.type == "cpu" else 1)
     shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared_vae=shared)
-    failed = run_grid(units, work, jobs, args.threads or 1,
+    failed = run_grid(units, work, min(jobs, len(units)), args.threads or 1,
                       vae.Progress(len(units), "subsets", args.quiet))
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)

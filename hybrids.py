@@ -176,7 +176,8 @@ def caption(axes, q, classes, words, colours):
                   color=colours[c % len(colours)], edgecolor="white", linewidth=0.5)
         left += float(q[c])
     text = words(q, classes)
-    axes.set_xlabel(text.replace(" + ", " +\n") if len(text) > 22 else text, fontsize=7, labelpad=13)
+    text = text.replace(" + ", " +\n") if len(text) > 22 else text
+    axes.set_xlabel(text, fontsize=7, labelpad=13)
 
 
 def draw(x, q, strip, strip_q, classes):
