@@ -26,7 +26,8 @@ class VAE(nn.Module):
     """q(z|x) = N(mu, diag(exp(logvar))), p(x|z) = Bernoulli(sigmoid(decode(z))), p(z) = N(0, I).
 
     Kingma and Welling 2014. Images are cut into patches first, so that convolutions run at a
-    quarter of the side (an eighth above 32 pixels): a third of the time at the same ELBO.
+    quarter of the side (an eighth above 32 pixels): on MNIST two thirds of the time that half
+    the side takes, at the same ELBO after 1,000 steps.
     """
 
     def __init__(self, channels: int, height: int, width: int, latent_dim: int = 16,
