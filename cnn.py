@@ -45,6 +45,11 @@ class CNN(nn.Module):
         return self.head(self.features(x - 0.5).amax((2, 3)))
 
 
+def blocks_for(shape) -> int:
+    """How many blocks suit images of shape (C,H,W): the last one sees a side of 8 or so."""
+    return 3 if max(shape[1:]) <= 32 else 4
+
+
 def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
         generator=None, state=None):
     """Train on batches `next_batch(generator) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
@@ -252,8 +257,7 @@ def answer(args):
         print(how)
         return print(ranking(predict(model, image)[0].softmax(0), classes))
     files = sorted(f for f in args.predict.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
-    if not files:
-        raise common.Mistake(f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")
+    common.need(files, f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")
     quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
     print("file,likeliest," + ",".join(quoted))
     for file in files:
@@ -288,7 +292,7 @@ def command(args):
         (lambda x, q, g: cutmix(x, q, g, args.cutmix), args.cutmix),
         (affine if x.shape[1] == 1 else flip_crop, args.augment)) if on]
     torch.manual_seed(args.seed)                          # the initial weights
-    model = CNN(x.shape[1], classes, args.width, 3 if max(x.shape[2:]) <= 32 else 4)
+    model = CNN(x.shape[1], classes, args.width, blocks_for(x.shape[1:]))
     model = model.to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(args.seed)
     stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"

@@ -118,8 +118,7 @@ def train_cnn(arm, images, y, classes, source, seed, recipe):
         (cnn.affine if images.shape[1] == 1 else cnn.flip_crop, arm.augment)) if on]
     made = source.pool(arm) if arm.strategy else None
     torch.manual_seed(seed)                             # the same initial weights for every arm
-    blocks = 3 if max(images.shape[2:]) <= 32 else 4
-    model = cnn.CNN(images.shape[1], classes, recipe["width"], blocks)
+    model = cnn.CNN(images.shape[1], classes, recipe["width"], cnn.blocks_for(images.shape[1:]))
     model = model.to(device, memory_format=torch.channels_last)
     for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms),
                      steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,

@@ -188,12 +188,10 @@ def draw(x, q, strip, strip_q, classes):
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
     top.suptitle(f"What lies between {classes[int(strip_q[0].argmax())]} and "
                  f"{classes[int(strip_q[-1].argmax())]}?", x=0.01, ha="left", fontweight="bold")
-    for axes, image, row in zip(top.subplots(1, len(strip)), strip, strip_q):
-        picture(axes, image[None])
-        caption(axes, row, classes, words, COLOURS)
     gallery, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
     gallery.suptitle("What do the hybrids look like?", x=0.01, ha="left", fontweight="bold")
-    for axes, image, row in zip(gallery.subplots(4, 7).flat, x, q):
+    for axes, image, row in (*zip(top.subplots(1, len(strip)), strip, strip_q),
+                             *zip(gallery.subplots(4, 7).flat, x, q)):
         picture(axes, image[None])
         caption(axes, row, classes, words, COLOURS)
     axes = side.subplots()
