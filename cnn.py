@@ -52,11 +52,12 @@ def blocks_for(shape) -> int:
 
 def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
         generator=None, state=None):
-    """Train on batches `next_batch(generator) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
+    """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
-    The loss is the cross-entropy against q, so hard and soft labels share it. A row holds step,
-    loss (mean of the round), images_per_second and "state": given back as `state`, it resumes the
-    run exactly. Raises FloatingPointError, naming the step, when the loss is not finite any more.
+    `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against q,
+    hard or soft. A row holds step, loss (mean of the round), images_per_second and "state": given
+    back as `state`, it resumes the run exactly.
+    Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device, first = next(model.parameters()).device, 0
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -65,60 +66,56 @@ def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
         first = state["step"]
-    model.train()
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    total, since, start, seen = torch.zeros((), device=device), first, time.perf_counter(), 0
-    for step in range(first, steps):
-        for group in optimiser.param_groups:              # linear warm-up, then linearly to zero
-            group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
-        x, q = next_batch(generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(x.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits.float(), q)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        total += loss.detach()
-        seen += len(x)
-        if step + 1 in ends:                              # the only host synchronisation
-            mean = total.item() / (step + 1 - since)
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is not finite between steps {since} and "
-                                         f"{step + 1}; lower the learning rate, or use --no-amp")
-            yield {"step": step + 1, "loss": mean,
-                   "images_per_second": seen / (time.perf_counter() - start),
-                   "state": {"step": step + 1, "model": model.state_dict(),
-                             "optimiser": optimiser.state_dict(),
-                             "generator": generator.get_state()}}
-            model.train()                                 # the caller may have evaluated
-            total, since, start, seen = torch.zeros_like(total), step + 1, time.perf_counter(), 0
+    for end in sorted(end for end in ends if end > first):
+        model.train()                                     # the caller may have evaluated
+        total, start = torch.zeros((), device=device), time.perf_counter()
+        for step in range(first, end):
+            for group in optimiser.param_groups:          # linear warm-up, then linearly to zero
+                group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
+            x, q = next_batch(generator, step / steps)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), q)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.detach()
+        mean = total.item() / (end - first)               # the only host synchronisation
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss is not finite between steps {first} and {end}; "
+                                     "lower the learning rate, or use --no-amp")
+        yield {"step": end, "loss": mean,
+               "images_per_second": len(x) * (end - first) / (time.perf_counter() - start),
+               "state": {"step": end, "model": model.state_dict(),
+                         "optimiser": optimiser.state_dict(), "generator": generator.get_state()}}
+        first = end
 
 
 @torch.no_grad()
 def predict(model, images, amp=False, batch=1000):
     """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
     model.eval()
-    out = []
-    for chunk in images.split(batch):
-        x = (chunk.float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            out.append(model(x).float())
-    return torch.cat(out)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        return torch.cat([model((chunk.float() / 255).contiguous(
+            memory_format=torch.channels_last)).float() for chunk in images.split(batch)])
 
 
-def batches(real, size, hybrids=None, fraction=0.5, transforms=()):
-    """next_batch(generator) -> x (size,C,H,W) in [0,1], q (size,K).
+def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=()):
+    """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
-    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K); hybrids make
-    up `fraction` of each batch. `transforms` are called in turn, (x, q, generator) -> (x, q).
+    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share` is
+    the part of the first and of the last batch, linear in between, that is drawn from hybrids and
+    given to `mix`. Both it and the `transforms` of the whole batch map (x, q, generator) -> (x, q).
     """
-    made = 0 if hybrids is None else round(size * fraction)
-
-    def next_batch(generator):
-        parts = []
-        for (images, q), count in ((real, size - made), (hybrids or real, made)):
+    def next_batch(generator, done):
+        part = share[0] + (share[1] - share[0]) * done
+        made, parts = round(size * part) if hybrids or mix else 0, []
+        for (images, q), count in ((hybrids or real, made), (real, size - made)):
             rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
             parts.append((images[rows].float() / 255, q[rows]))
+        if mix:
+            parts[0] = mix(*parts[0], generator)
         x, q = (torch.cat(part) for part in zip(*parts))
         for transform in transforms:
             x, q = transform(x, q, generator)
@@ -164,20 +161,18 @@ def beta(x, alpha, generator):
     return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
 
 
-def mixup(x, q, generator, alpha=1.0, fraction=1.0):
+def mixup(x, q, generator, alpha=1.0):
     """A convex combination of two images and of their labels (Zhang et al. 2018)."""
     t = beta(x, alpha, generator)
-    t[round(fraction * len(x)):] = 1                      # the rest of the batch stays as it is
     other = torch.randperm(len(x), device=x.device, generator=generator)
     w = t[:, None, None, None]
     return w * x + (1 - w) * x[other], t[:, None] * q + (1 - t[:, None]) * q[other]
 
 
-def cutmix(x, q, generator, alpha=1.0, fraction=1.0):
+def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
     n, _, h, w = x.shape
     side = (1 - beta(x, alpha, generator)).sqrt()
-    side[round(fraction * n):] = 0
     cy, cx = uniform(x, 0, 1, generator), uniform(x, 0, 1, generator)
     y = (torch.arange(h, device=x.device) + 0.5) / h
     z = (torch.arange(w, device=x.device) + 0.5) / w
@@ -188,6 +183,15 @@ def cutmix(x, q, generator, alpha=1.0, fraction=1.0):
     return torch.where(inside[:, None], x[other], x), t * q + (1 - t) * q[other]
 
 
+def corrupt(images, seed=0):
+    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
+    x, g = images.float() / 255, torch.Generator(images.device).manual_seed(seed)
+    harder = {"noise": x + 0.15 * torch.randn(x.shape, device=x.device, generator=g),
+              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
+              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
+    return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
+
+
 # ---- command ---------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -196,13 +200,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the classifier and its training").add_argument
     add("--images", type=common.number(int, 1), help="train on this many real images, equal "
         "numbers a class; without it on those that the VAE saw")
-    add("--hybrid-fraction", type=common.number(float, 0, 1), default=0.5,
-        help="of each batch; 0 is the plain CNN, 1 sees no real image")
+    add("--hybrid-fraction", type=common.number(float, 0, 1), default=[1.0, 0.0], nargs="+",
+        metavar="SHARE", help="of the first and the last batch, linear between, or of every batch; "
+        "0 is the plain CNN, 1 sees no real image")
     add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
     add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with Beta(ALPHA, ALPHA); 0 is off")
+        help="mixup with Beta(ALPHA, ALPHA) in the same share; 0 is off")
     add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="cutmix with Beta(ALPHA, ALPHA); 0 is off")
+        help="cutmix likewise; 0 is off")
     add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")
     add("--steps", type=common.number(int, 1), default=600, help="optimiser steps")
     add("--batch-size", type=common.number(int, 2), default=64, help="images a step")
@@ -211,7 +216,10 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from cnn.last.pt, if there is one that fits")
     add("--predict", type=Path, metavar="PATH", help="print the percentages of a picture, or of "
         "all pictures in a folder as CSV, and stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if len(args.hybrid_fraction) > 2:
+        parser.error("--hybrid-fraction takes one share, or a first and a last one")
+    return args
 
 
 def draw(history, q, y, classes):
@@ -271,11 +279,12 @@ def answer(args):
 def command(args):
     import common
     from latent import scores
-    from vae import Progress, resume
+    from vae import Progress, distribute, resume
     device, amp = common.start(args)
     if args.predict:
         return answer(args)
-    stems = [args.out / "vae.pt"] if args.hybrid_fraction or (args.out / "vae.pt").exists() else []
+    hybrid = any(args.hybrid_fraction)
+    stems = [args.out / "vae.pt"] if hybrid or (args.out / "vae.pt").exists() else []
     upstream = common.load(args, "vae", device) if stems else None
     data = common.load_dataset(args, device, upstream)
     pool, validation = common.split(data)
@@ -284,27 +293,32 @@ def command(args):
         rows = common.subset(data, pool, args.images, args.seed)
     x, y, classes = data.images[rows.to(device)], data.labels[rows.to(device)], len(data.classes)
     real, made, made_from = (x, F.one_hot(y, classes).float()), None, stems
-    if args.hybrid_fraction:
+    if hybrid:
         saved = common.load(args, "hybrids", device)
         made, made_from = (saved["images"], saved["q"]), [*made_from, args.out / "hybrids.pt"]
-    transforms = [t for t, on in (
-        (lambda x, q, g: mixup(x, q, g, args.mixup), args.mixup),
-        (lambda x, q, g: cutmix(x, q, g, args.cutmix), args.cutmix),
-        (affine if x.shape[1] == 1 else flip_crop, args.augment)) if on]
+    share = args.hybrid_fraction[0], args.hybrid_fraction[-1]
+
+    def mix(x, q, g):
+        x, q = mixup(x, q, g, args.mixup) if args.mixup else (x, q)
+        return cutmix(x, q, g, args.cutmix) if args.cutmix else (x, q)
+    how = dict(mix=mix if args.mixup or args.cutmix else None, share=share if hybrid else (1, 0),
+               transforms=[affine if x.shape[1] == 1 else flip_crop] * args.augment)
     torch.manual_seed(args.seed)                          # the initial weights
     model = CNN(x.shape[1], classes, args.width, blocks_for(x.shape[1:]))
     model = model.to(device, memory_format=torch.channels_last)
-    generator = torch.Generator(device).manual_seed(args.seed)
     stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"
     work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
-            "code": common.fingerprint(Path(__file__)), "amp": amp,
+            "code": common.fingerprint(Path(__file__)), "amp": amp, "ranks": common.RANKS,
             "made_from": [common.fingerprint(f) for f in made_from]}
     state, history = resume(args, last, work)
     progress = Progress(args.steps, "cnn", args.quiet, state["step"] if state else 0,
                         args.out / "cnn.log.jsonl")
-    for row in fit(model, batches(real, args.batch_size, made, args.hybrid_fraction, transforms),
-                   steps=args.steps, lr=args.lr, weight_decay=args.weight_decay, amp=amp,
-                   generator=generator, state=state):
+    net, rank, size = distribute(model, args.batch_size)
+    generator = torch.Generator(device).manual_seed(args.seed + 10**6 * rank)
+    for row in fit(net, batches(real, size, made, **how), steps=args.steps, lr=args.lr, amp=amp,
+                   weight_decay=args.weight_decay, generator=generator, state=state):
+        if rank:
+            continue                                      # the first one reports and writes
         state, rate = row.pop("state"), row.pop("images_per_second")
         q = predict(model, data.images[validation], amp).softmax(1)
         row["validation"] = scores(q, data.labels[validation])["accuracy"]
@@ -312,14 +326,16 @@ def command(args):
         progress(row["step"], f"loss {row['loss']:.3f}  validation {row['validation']:.1%}  "
                               f"{rate:,.0f} images/s", images_per_second=rate)
         common.write(last, {**work, "state": state, "history": history})
+    if rank:
+        return
     q = predict(model, data.test_images, amp).softmax(1)
     metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}
     common.write(args.out / "cnn.png", draw(history, q.cpu(), data.test_labels.cpu(), data.classes))
     common.save(stem, args, data, metrics, made_from, config=model.config,
                 model=model.cpu().state_dict())
     last.unlink(missing_ok=True)
-    print(f"{len(x):,} real images, {args.hybrid_fraction:.0%} hybrids in each batch; on "
-          f"{len(q):,} test images:\n" + "accuracy {accuracy:.2%}  (balanced "
+    print(f"{len(x):,} real images, {sum(share) / 2:.0%} hybrids on average; on {len(q):,} test "
+          "images:\n" + "accuracy {accuracy:.2%}  (balanced "
           "{balanced_accuracy:.2%})  NLL {nll:.3f}  ECE {ece:.3f}".format(**metrics))
     print(f"{args.out / 'cnn.png'}\n{stem}")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
 import shlex
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMN
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# This process and how many there are: 0 and 1, unless torchrun started it.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Mistake(Exception):
@@ -28,6 +32,7 @@ class Mistake(Exception):
 
 
 def need(ok, message):
+    """Raise a Mistake unless ok."""
     if not ok:
         raise Mistake(message)
 
@@ -70,15 +75,15 @@ def guard(command, args) -> int:
         command(args)
         return 0
     except KeyboardInterrupt:
-        message = "interrupted; what was finished is kept"
+        message, code = "interrupted; what was finished is kept", 130
     except (Mistake, FloatingPointError) as error:
-        message = error
+        message, code = error, 2
     except OSError as error:
-        message = f"{error.filename or args.out}: {error.strerror or error}; mend that and rerun"
+        message, code = f"{error.filename or args.out}: {error.strerror or error}; mend that", 2
     except (MemoryError, torch.OutOfMemoryError):
-        message = "out of memory; use fewer or smaller images, or --device cpu"
+        message, code = "out of memory; use fewer or smaller images, or --device cpu", 2
     print(f"{args.script}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 130 if str(message).startswith("interrupted") else 2
+    return code
 
 
 def start(args):
@@ -86,6 +91,8 @@ def start(args):
     args.out = args.out or Path("runs", Path(args.dataset or "glyphs").stem)
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
+    if not any(vars(args).get(key) for key in ("image", "point", "predict")):
+        args.lock = lock(args.out)                      # until the process ends
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
@@ -94,7 +101,28 @@ def start(args):
     # Is bfloat16 fast here? The processor is asked; a torch that cannot tell says no.
     fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
             "cuda": cuda and torch.cuda.is_bf16_supported()}[name]
-    return torch.device(name), fast if args.amp is None else args.amp
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return device, fast if args.amp is None else args.amp
+
+
+def lock(folder: Path):
+    """One run at a time in a working directory (the ranks of torchrun are one): others are told."""
+    file = (folder / ".lock").open("w")                 # fails at once in a read-only folder
+    try:
+        import fcntl
+        fcntl.flock(file, (fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"another run works in {folder}; wait for it, or give another --out") from None
+    except (ImportError, OSError):                      # Windows and some network drives have none
+        pass
+    return file
+
+
+def need_memory(size, what):
+    """Refuse what takes more bytes than the machine has, before the system kills somebody."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 2**60
+    need(size < there, f"{what} needs {size / 2**30:.1f} GiB of memory, and this machine has "
+         f"{there / 2**30:.1f}; use fewer or smaller images")
 
 
 @dataclass
@@ -121,8 +149,7 @@ class Dataset:
 def load_dataset(args, device, upstream=None) -> Dataset:
     """The data set that --dataset names, or the one that the `upstream` file was made from."""
     known = upstream["dataset"] if upstream else {}
-    if args.dataset is None:
-        args.image_size = known.get("image_size", args.image_size)
+    args.image_size = args.dataset is None and known.get("image_size") or args.image_size
     spec = args.dataset = args.dataset or known.get("spec", "glyphs")
     args.data_dir = args.data_dir or known.get("data_dir", "data")
     if spec == "glyphs" or spec in TORCHVISION:
@@ -210,12 +237,15 @@ def npz_dataset(path: Path) -> Dataset:
     """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            need_memory(2 * sum(part.file_size for part in file.zip.infolist()), path)
             x, x_test = (as_images(file[key]) for key in ("x_train", "x_test"))
             y, y_test = (file[key] for key in ("y_train", "y_test"))
             if any((v % 1 != 0).any() for v in (y, y_test)):            # NaN too
                 raise ValueError("labels must be whole numbers")
             y, y_test = (torch.from_numpy(v.astype(np.int64).reshape(-1)) for v in (y, y_test))
             classes = file["classes"].tolist() if "classes" in file.files else None
+    except Mistake:
+        raise
     except Exception as error:                          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., y_train=..., "
                       "x_test=..., y_test=..., [classes=...])") from None
@@ -244,7 +274,7 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
                  for folder in (folders if root / "train" in folders else [root])]
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
-    classes = parts[0].classes
+    classes, size = parts[0].classes, len(parts[0].samples)
     need(set(classes) >= set(parts[-1].classes), f"{root}: test/ has classes that train/ has not")
     files, names = zip(*[(f, part.classes[c]) for part in parts for f, c in part.samples])
     labels, rows = torch.tensor([classes.index(name) for name in names]), torch.arange(len(files))
@@ -252,15 +282,16 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     # Decoded once, then opened memory-mapped; named by a digest of what made it.
     stored = cache / f"images-{fingerprint(json.dumps(about).encode())}.npy"
     if not stored.exists():
-        grey = all(read_image(f, None) for f in files)
+        grey, temporary = all(read_image(f, None) for f in files), cache / f"images.{RANK}.tmp"
         print(f"reading {len(files):,} images", file=sys.stderr)
-        shape = len(files), 1 if grey else 3, side, side
-        array = np.lib.format.open_memmap(cache / "images.tmp.npy", "w+", np.uint8, shape)
-        for row, file in enumerate(files):
-            array[row] = read_image(file, side, grey)
-        array.flush()
-        os.replace(cache / "images.tmp.npy", stored)
-    images, size = torch.from_numpy(np.load(stored, mmap_mode="c")), len(parts[0].samples)
+        about = {"descr": "|u1", "fortran_order": False,
+                 "shape": (len(files), 1 if grey else 3, side, side)}
+        need_memory(2 * math.prod(about["shape"]), root)
+        with temporary.open("wb") as out:
+            np.lib.format.write_array_header_1_0(out, about)
+            out.writelines(read_image(file, side, grey).tobytes() for file in files)
+        os.replace(temporary, stored)
+    images = torch.from_numpy(np.load(stored, mmap_mode="c"))
     # The fifth does not depend on --seed: test stays test.
     first, last = (rows[:size], rows[size:]) if len(parts) == 2 else cut(labels, rows, 0.2)
     return Dataset(images[first], labels[first], images[last], labels[last], classes, root.name)
@@ -326,12 +357,13 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
 
 def write(path: Path, content):
     """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, whole = path.with_name(path.name + ".tmp"), io.BytesIO()
     put = {".json": lambda: temporary.write_text(json.dumps(content, indent=1, allow_nan=False)),
            ".csv": lambda: temporary.write_text(content),
-           ".png": lambda: content.savefig(temporary, format="png")}
+           ".png": lambda: content.savefig(temporary, format="png"),
+           ".pt": lambda: (torch.save(content, whole), temporary.write_bytes(whole.getbuffer()))}
     try:
-        put.get(path.suffix, lambda: torch.save(content, temporary))()
+        put[path.suffix]()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -342,7 +374,7 @@ def fingerprint(it: Path | bytes) -> str:
 
 
 def settings(args) -> dict:
-    other = "out script resume quiet export image point predict jobs".split()
+    other = "out script resume quiet export image point predict jobs gather lock".split()
     return {key: value for key, value in sorted(vars(args).items()) if key not in other}
 
 
@@ -355,13 +387,21 @@ def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content
     write(path, {**facts, **content})
 
 
+def read(path: Path, device="cpu") -> dict:
+    """A .pt file of plain tensors; raises if a bit of it has changed, which torch does not check."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip():
+            raise ValueError(f"{path} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load(args, kind: str, device="cpu") -> dict:
     """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the cure."""
     path, command = args.out / f"{kind}.pt", cure(args, f"{kind}.pt")
     need(path.exists(), f"{path} not found; make it with: {command}")
     again = f"make it again with: {command}"
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = read(path, device)
         found, version, sources = saved["kind"], int(saved["format"]), saved["made_from"].items()
     except Exception:                   # zip, pickle and torch each have their own errors
         raise Mistake(f"{path} is damaged; {again}") from None

@@ -35,22 +35,21 @@ class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
     strategy: str = ""
     label: str = "product"
-    fraction: float = 0.5               # of hybrids in each batch
+    share: tuple = (1.0, 0.0)           # of hybrid or mixed images: in the first, the last batch
     residual: bool = True
-    mixup: float = 0.0                  # share of the batch that is mixed
-    cutmix: float = 0.0
+    mix: str = ""                       # mixup or cutmix
     augment: bool = False
 
 
 ARMS = {
     "real": Arm(),
     "augment": Arm(augment=True),
-    "mixup": Arm(mixup=0.5),
-    "cutmix": Arm(cutmix=0.5),
+    "mixup": Arm(mix="mixup"),
+    "cutmix": Arm(mix="cutmix"),
     "real+hybrid": Arm("between"),
-    "hybrid only": Arm("between", fraction=1.0),
+    "hybrid only": Arm("between", share=(1.0, 1.0)),
     "prior hybrid": Arm("prior", "density"),            # the idea as first stated
-    "augment+mixup": Arm(mixup=0.5, augment=True),
+    "augment+mixup": Arm(mix="mixup", augment=True),
     "augment+hybrid": Arm("between", augment=True),
     # Controls: where does a gain come from?
     "weight labels": Arm("between", "weight"),
@@ -62,6 +61,7 @@ ARMS = {
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
+VIEWS = 9                                               # of each image, for augment+hybrid's VAE
 
 
 def train_vae(images, seed, recipe):
@@ -82,58 +82,50 @@ def train_vae(images, seed, recipe):
 
 
 class Source:
-    """The hybrids of one cell: its images, their codes, its posterior; pools are made once."""
+    """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
 
-    def __init__(self, model, images, y, classes, seed, recipe):
-        self.images, self.y, self.seed, amp = images, y, seed, recipe["amp"]
-        self.count = min(POOL, BATCH * recipe["steps"])
+    def __init__(self, images, y, classes, seed, recipe, augment=None, model=None):
+        self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
+        g = torch.Generator(images.device).manual_seed(seed)
+        views = [augment(images.float() / 255, None, g)[0] for _ in range(VIEWS)] if augment else []
+        self.images = torch.cat([images, *((v * 255).round().byte() for v in views)])
+        self.y = y.repeat(1 + len(views))
+        model = model or train_vae(self.images, seed, recipe)
         self.encode = lambda x: vae.encode_all(model, x, amp)
         self.decode = lambda z: vae.decode_all(model, z, amp)
-        self.mu, self.logvar = self.encode(images)
-        self.posterior = latent.teach(self.mu, self.logvar, y, classes)
-        self.pools = {}
+        self.mu, self.logvar = self.encode(self.images)
+        self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
 
-    def pool(self, arm: Arm):
+    def pool(self, strategy, rule, residual):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
-        key = arm.strategy, arm.label, arm.residual
-        if key not in self.pools:
-            g = torch.Generator(self.mu.device).manual_seed(self.seed)
-            pixels = arm.strategy == "pixels"
-            points = hybrids.sample("between" if pixels else arm.strategy, self.count, self.mu,
-                                    self.logvar, self.y, self.posterior, g)
-            q = hybrids.label(arm.label, points, self.y, self.posterior, g)
-            # A decoder that keeps nothing leaves all to the residual: mixup.
-            decode = (lambda z: torch.zeros(1, device=z.device)) if pixels else self.decode
-            x = hybrids.render(points, decode, self.mu, self.images, arm.residual)
-            self.pools[key] = (x * 255).round().byte(), q
-        return self.pools[key]
+        g, pixels = torch.Generator(self.mu.device).manual_seed(self.seed), strategy == "pixels"
+        points = hybrids.sample("between" if pixels else strategy, self.count, self.mu,
+                                self.logvar, self.y, self.posterior, g)
+        # A decoder that keeps nothing leaves all to the residual: mixup.
+        decode = (lambda z: torch.zeros(1, device=z.device)) if pixels else self.decode
+        x = hybrids.render(points, decode, self.mu, self.images, residual)
+        return (x * 255).round().byte(), hybrids.label(rule, points, self.y, self.posterior, g)
+
+
+def augmentation(images):
+    """What `augment` does to grey images, or to colour ones."""
+    return cnn.affine if images.shape[1] == 1 else cnn.flip_crop
 
 
 def train_cnn(arm, images, y, classes, source, seed, recipe):
-    """The CNN of one arm on n real images (and hybrids from `source`)."""
+    """The CNN of one arm on n real images, and on hybrids of source(augment)."""
     device, real = images.device, (images, F.one_hot(y, classes).float())
-    transforms = [t for t, on in (
-        (lambda x, q, g: cnn.mixup(x, q, g, fraction=arm.mixup), arm.mixup),
-        (lambda x, q, g: cnn.cutmix(x, q, g, fraction=arm.cutmix), arm.cutmix),
-        (cnn.affine if images.shape[1] == 1 else cnn.flip_crop, arm.augment)) if on]
-    made = source.pool(arm) if arm.strategy else None
+    made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
+    mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], cnn.blocks_for(images.shape[1:]))
     model = model.to(device, memory_format=torch.channels_last)
-    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, arm.fraction, transforms),
+    augment = [augmentation(images)] * arm.augment
+    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, mix, arm.share, augment),
                      steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,
                      amp=recipe["amp"], generator=torch.Generator(device).manual_seed(seed)):
         pass
     return model
-
-
-def corrupt(images, seed=0):
-    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
-    x, g = images.float() / 255, torch.Generator(images.device).manual_seed(seed)
-    harder = {"noise": x + 0.15 * torch.randn(x.shape, device=x.device, generator=g),
-              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
-              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
-    return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
 
 
 def judge(logits_of, images, y, held, held_y) -> dict:
@@ -145,7 +137,7 @@ def judge(logits_of, images, y, held, held_y) -> dict:
     return {**latent.scores(logits.softmax(1), y), "temperature": best,
             "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
             **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
-               for name, harder in corrupt(images[few]).items()}}
+               for name, harder in cnn.corrupt(images[few]).items()}}
 
 
 def cell_file(folder, n, seed, arm, recipe):
@@ -156,9 +148,14 @@ def cell_file(folder, n, seed, arm, recipe):
 def read_cell(file):
     """The row of a cell; None where it is absent or damaged."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        row = json.loads(file.read_text())
+        return row if row.pop("digest") == digest(row) else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
+
+
+def digest(row):
+    return common.fingerprint(json.dumps(row).encode())
 
 
 def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
@@ -166,7 +163,7 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
     (n, seed), recipe = unit, recipes[unit[0]]
     files = {arm: cell_file(folder, n, seed, arm, recipe) for arm in arms}
     todo = [arm for arm in arms if read_cell(files[arm]) is None]
-    device, classes, source = data.images.device, len(data.classes), None
+    device, classes = data.images.device, len(data.classes)
     try:
         pool, validation = common.split(data)
         rows = common.subset(data, pool, n, seed).to(device)
@@ -174,16 +171,18 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
         x, y = data.images[rows], data.labels[rows]
         images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
             (data.images[validation.to(device)], data.labels[validation.to(device)])
-        if any(ARMS[arm].strategy for arm in todo):
-            source = Source(shared_vae or train_vae(x, seed, recipe), x, y, classes, seed, recipe)
+        source = functools.cache(lambda augment: Source(
+            x, y, classes, seed, recipe, augmentation(x) if augment else None, shared_vae))
         for arm in todo:
             if ARMS[arm].strategy == "posterior":
-                logits_of = lambda v: source.posterior(*source.encode(v)).clamp(min=1e-9).log()
+                made = source(False)
+                logits_of = lambda v: made.posterior(*made.encode(v)).clamp(min=1e-9).log()
             else:
                 model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
             scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
-            common.write(files[arm], {"n": n, "seed": seed, "arm": arm, **scored})
+            row = {"n": n, "seed": seed, "arm": arm, **scored}
+            common.write(files[arm], {**row, "digest": digest(row)})
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
         return unit, str(error).splitlines()[0]         # the grid goes on
     return unit, None
@@ -242,23 +241,29 @@ def holm(ps):
     return out
 
 
-def summarise(rows, base="real"):
-    """One entry a size and arm: mean, interval, and the paired difference to `base`, in points."""
+def summarise(rows, pool=math.inf, base="real"):
+    """One entry a size and arm: mean, interval, and the paired difference to `base`, in points.
+
+    Where n is over half of the `pool`, subsets are nearly the same images: no interval, no p.
+    """
     table, by = [], {(r["n"], r["seed"], r["arm"]): r for r in rows}
     for n in sorted({r["n"] for r in rows}):
         for arm in ARMS:
             own = [r for r in rows if r["n"] == n and r["arm"] == arm]
             if not own:
                 continue
+            hollow = 2 * n > pool
             mean, half = interval([100 * r["accuracy"] for r in own])
-            entry = {"n": n, "arm": arm, "subsets": len(own), "accuracy": mean, "half": half,
+            entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": hollow, "accuracy": mean,
+                     "accuracy_half": None if hollow else half,
                      **{k: float(np.mean([r[k] for r in own])) for k in
                         ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")}}
             pairs = [100 * (r["accuracy"] - by[n, r["seed"], base]["accuracy"]) for r in own
                      if (n, r["seed"], base) in by]
             if arm != base and pairs:
                 gain, gain_half = interval(pairs)
-                entry.update(gain=gain, gain_half=gain_half, p=sign_flip_p(pairs))
+                entry.update(gain=gain, gain_half=None if hollow else gain_half,
+                             p=None if hollow else sign_flip_p(pairs))
             table.append(entry)
     tested = [e for e in table if e.get("p") is not None]
     for entry, p in zip(tested, holm([e["p"] for e in tested])):
@@ -288,62 +293,90 @@ def parse_args(argv=None):
     add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
     add("--jobs", type=common.number(int, 1), help="cells at once, a process of one thread each; "
-        "without it one a core, and one on a GPU")
+        "without it one a core, and one on a GPU or a rank")
+    add("--gather", action="store_true", help="train nothing: make the result of finished cells")
     return parser.parse_args(argv)
 
 
-def draw(table, rows, facts, args):
-    """Accuracy versus n, and the paired gain over `real`."""
-    fig = vae.figure(13, 5.6)
-    left, right = fig.subplots(1, 2)
+def curves(left, right, table, rows, facts, args):
+    """Accuracy versus n, and the paired gain over `real`, on two axes."""
     arms = [arm for arm in ARMS if any(e["arm"] == arm for e in table)]
     for k, arm in enumerate(arms):
         place = list(ARMS).index(arm)                   # one look an arm, whichever are compared
-        look = dict(color=vae.COLOURS[place % 10], marker=vae.MARKERS[place % 10], ms=6, label=arm,
+        colour, marker = vae.COLOURS[place % 10], vae.MARKERS[place % 10]
+        look = dict(color=colour, marker=marker, ms=6, label=arm, capsize=3,
                     ls=("-", "--", ":", "-.")[place % 4], lw=2.5 if arm == "real+hybrid" else 1.3)
         own = [e for e in table if e["arm"] == arm]
         side = 1 + 0.03 * (k - (len(arms) - 1) / 2)     # side by side, not on top of each other
-        at = [e["n"] * side for e in own]
-        left.errorbar(at, [e["accuracy"] for e in own], [e["half"] or 0 for e in own], capsize=3,
-                      **look)
         dots = [(r["n"] * side, 100 * r["accuracy"]) for r in rows if r["arm"] == arm]
-        left.scatter(*zip(*dots), s=9, color=look["color"], alpha=0.5, linewidths=0)
-        if all("gain" in e for e in own):
-            right.errorbar(at, [e["gain"] for e in own], [e["gain_half"] or 0 for e in own],
-                           capsize=3, **look)
+        left.scatter(*zip(*dots), s=9, color=colour, alpha=0.5, linewidths=0)
+        for axes, what in ((left, "accuracy"), (right, "gain")):
+            if all(what in e for e in own):
+                axes.errorbar([e["n"] * side for e in own], [e[what] for e in own],
+                              [e[f"{what}_half"] or 0 for e in own], **look)
+                axes.plot(*zip(*[(e["n"] * side, e[what]) for e in own if e["hollow"]] or [((), ())]),
+                          marker, color=colour, mfc="white", ms=6, zorder=5)
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
     vae.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
              f"{args.score} accuracy, %")
     vae.tidy(right, "How much better than real images alone?", what,
              "paired difference, percentage points")
-    sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set_xticks(sizes, sizes)
+        axes.set_xticks(sizes := sorted({e["n"] for e in table}), sizes)
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
-    fig.supxlabel(f"{max(e['subsets'] for e in table)} subsets, each a dot; bars: 95% t intervals"
-                  + "; the VAE saw all images" * (args.vae_data == "all"), fontsize=8, color="0.35")
-    return fig
+    left.figure.supxlabel(
+        f"{max(e['subsets'] for e in table)} subsets, each a dot; bars: 95% t intervals over subsets"
+        + "; hollow: over half of the pool, no interval" * any(e["hollow"] for e in table)
+        + "; the VAE saw all images" * (args.vae_data == "all"), fontsize=8, color="0.35")
+
+
+def summary(table, rows, facts, args):
+    """The run on one sheet: the map, the hybrids, the curves; None where the chain has not run."""
+    try:
+        codes, made = (common.load(args, kind) for kind in ("latent", "hybrids"))
+    except common.Mistake:
+        return None
+    if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
+        return None
+    sheet = vae.figure(16, 11)
+    top, bottom = sheet.subfigures(2, 1, height_ratios=[1.15, 1])
+    left, right = top.subfigures(1, 2, width_ratios=[1, 1.25])
+    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"],
+                    latent.Aggregate(**codes["calibrated"]["aggregate"]), torch.Generator().manual_seed(0))
+    hybrids.gallery(right, made["images"], made["q"], facts["classes"], 3, 6)
+    curves(*bottom.subplots(1, 2), table, rows, facts, args)
+    sheet.suptitle("Do hybrid images help?  " + "\n".join(answers(table)), fontsize=12,
+                   fontweight="bold")
+    return sheet
+
+
+def answers(table):
+    """Did hybrids help, by how much, how sure: a sentence a size."""
+    return [f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
+            f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}"
+            for e in table if e["arm"] == "real+hybrid" and "gain" in e]
+
+
+def pm(mean, half, sign=""):
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
 
 
 def report(table):
     """The closing table, and the answer in words."""
-    def pm(mean, half, sign=""):
-        return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
     print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'gain over real':>16}{'NLL':>8}{'ECE':>7}")
     for e in table:
         gain = (e["gain"], e["gain_half"]) if "gain" in e else None
-        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['half']):>14}"
+        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}"
               f"{pm(*gain, '+') if gain else '':>16}{e['nll']:8.3f}{e['ece']:7.3f}"
               f"  {verdict(*gain) if gain else ''}")
-    for e in (e for e in table if e["arm"] == "real+hybrid" and "gain" in e):
-        print(f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
-              f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}")
+    print(*answers(table), sep="\n")
 
 
 def command(args):
+    cores = torch.get_num_threads()                     # OMP_NUM_THREADS, or those there are
     device, amp = common.start(args)
     known = not args.dataset and (args.out / "vae.pt").exists()
     data = common.load_dataset(args, device, common.load(args, "vae") if known else None)
@@ -367,28 +400,40 @@ def command(args):
         rows = (read_cell(cell_file(folder, n, seed, arm, recipes[n])) for arm in arms)
         return [row for row in rows if row]
 
-    units = [(n, seed) for n in sizes[::-1] for seed in seeds if len(found(n, seed)) < len(arms)]
-    jobs = args.jobs or (torch.multiprocessing.cpu_count() if device.type == "cpu" else 1)
+    # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
+    units = [unit for unit in list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
+             if len(found(*unit)) < len(arms)]
+    failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
+    units = [] if args.gather else units
+    jobs = args.jobs or (cores // (args.threads or 1) if (device.type, common.RANKS) == ("cpu", 1) else 1)
     shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared_vae=shared)
-    failed = run_grid(units, work, min(jobs, len(units)), args.threads or 1,
-                      vae.Progress(len(units), "subsets", args.quiet))
+    failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
+                       vae.Progress(len(units), "subsets", args.quiet))
+    if common.RANKS > 1:
+        return print(f"rank {common.RANK} has finished; the result: the same command with python compare.py "
+                     "--gather", *failed, sep="\n")
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
     common.need(rows, f"no cell could be computed: {failed[:1]}")
-    table = summarise(rows)
+    table = summarise(rows, len(pool))
     common.write(args.out / "compare.csv", "".join(
         ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
-    common.write(args.out / "compare.png", draw(table, rows, facts, args))
+    fig, sheet = vae.figure(13, 5.6), summary(table, rows, facts, args)
+    curves(*fig.subplots(1, 2), table, rows, facts, args)
+    common.write(args.out / "compare.png", fig)
+    if sheet:
+        common.write(args.out / "summary.png", sheet)
     common.write(args.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
         "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
-    print(*(args.out / f"compare.{end}" for end in ("png", "csv", "json")), sep="\n")
-    common.need(not failed, f"{len(failed)} of {len(units)} subsets failed; run it again")
+    names = ["summary.png"] * bool(sheet) + ["compare.png", "compare.csv", "compare.json"]
+    print(*(args.out / name for name in names), sep="\n")
+    common.need(not failed, f"{len(failed)} subsets are missing; run it again")
 
 
 def main(argv=None) -> int:

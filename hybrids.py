@@ -25,27 +25,29 @@ LABELS = ("product", "density", "weight", "argmax", "sampled")
 
 
 class Points(NamedTuple):
-    """M latent points; those made of codes are z = t mu_i + (1-t) mu_j (+ noise for `around`)."""
+    """M latent points; those made of codes are z = t mu_i + (1-t) mu_j + noise."""
     z: torch.Tensor                     # (M,D)
     i: torch.Tensor | None = None       # (M,) rows of the codes; None for points from the prior
     j: torch.Tensor | None = None
     t: torch.Tensor | None = None       # (M,) in [0,1]
 
 
-def sample(strategy, count, mu, logvar, y, posterior, generator) -> Points:
+def sample(strategy, count, mu, logvar, y, posterior, generator, jitter=0.5) -> Points:
     """Draw `count` points from codes mu, logvar (N,D) with labels y (N,).
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
-    between   on the line between two codes of different classes, t uniform
-    same      on the line between two codes of one class
+    between   near the line between two codes of different classes, t uniform
+    same      near the line between two codes of one class
     boundary  between, thinned so that max q is spread evenly over [1/2, 1]
+
+    Near: with noise of `jitter` times the bandwidth of a class of average size (Scott 1992).
     """
     device = mu.device
     if strategy == "prior":
         return Points(torch.randn(count, mu.shape[1], device=device, generator=generator))
     if strategy == "boundary":
-        points = sample("between", 8 * count, mu, logvar, y, posterior, generator)
+        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, jitter)
         top = posterior(points.z).amax(1)
         bins = ((top - 0.5) * 20).floor().long().clamp(-1, 9)           # ten bins over [1/2, 1]
         weight = (1 / (bins + 1).bincount(minlength=11).clamp(min=1))[bins + 1] * (bins >= 0)
@@ -54,12 +56,16 @@ def sample(strategy, count, mu, logvar, y, posterior, generator) -> Points:
         keep = torch.multinomial(weight, count, replacement=True, generator=generator)
         return Points(*(v[keep] for v in points))
     i = torch.randint(len(mu), (count,), device=device, generator=generator)
+    noise = torch.randn(count, mu.shape[1], device=device, generator=generator)
     if strategy == "around":
-        noise = torch.randn(count, mu.shape[1], device=device, generator=generator)
         return Points(mu[i] + noise * (logvar[i] / 2).exp(), i, i, torch.ones(count, device=device))
     j = partners(y, i, strategy == "same", generator)
     t = torch.rand(count, device=device, generator=generator)
-    return Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
+    member = F.one_hot(y).to(mu)
+    centre = (member.T @ mu / member.sum(0).clamp(min=1)[:, None])[y]
+    classes = (member.sum(0) > 0).sum()
+    width = (mu - centre).square().mean(0).sqrt() * (len(y) / classes) ** (-1 / (mu.shape[1] + 4))
+    return Points(torch.lerp(mu[j], mu[i], t[:, None]) + jitter * width * noise, i, j, t)
 
 
 def partners(y, i, same, generator):
@@ -180,20 +186,28 @@ def caption(axes, q, classes, words, colours):
     axes.set_xlabel(text, fontsize=7, labelpad=13)
 
 
-def draw(x, q, strip, strip_q, classes):
-    """A walk from one class to another, a gallery sorted the same way, the entropies."""
+def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids look like?"):
+    """The first images, with their percentages below, on a figure of their own."""
     from latent import words
-    from vae import COLOURS, figure, picture, tidy
-    fig = figure(13, 8.6)
-    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
-    top.suptitle(f"What lies between {classes[int(strip_q[0].argmax())]} and "
-                 f"{classes[int(strip_q[-1].argmax())]}?", x=0.01, ha="left", fontweight="bold")
-    gallery, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
-    gallery.suptitle("What do the hybrids look like?", x=0.01, ha="left", fontweight="bold")
-    for axes, image, row in (*zip(top.subplots(1, len(strip)), strip, strip_q),
-                             *zip(gallery.subplots(4, 7).flat, x, q)):
+    from vae import COLOURS, picture
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    shown = torch.arange(min(len(q), rows * columns))
+    if rows > 1:                        # a walk keeps its order
+        shown = shown[q[shown].argmax(1).argsort(stable=True)]
+    for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
         picture(axes, image[None])
         caption(axes, row, classes, words, COLOURS)
+
+
+def draw(x, q, strip, strip_q, classes):
+    """A walk from one class to another, a gallery sorted the same way, the entropies."""
+    from vae import COLOURS, figure, tidy
+    fig = figure(13, 8.6)
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
+    left, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
+    gallery(top, strip, strip_q, classes, title=f"What lies between "
+            f"{classes[int(strip_q[0].argmax())]} and {classes[int(strip_q[-1].argmax())]}?")
+    gallery(left, x, q, classes, 4, 7)
     axes = side.subplots()
     axes.hist(entropy(q).cpu().numpy() / math.log(2), bins=30, color=COLOURS[0])
     tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
@@ -245,10 +259,8 @@ def command(args):
     strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
     strip_x, strip_q = make(strip) if args.strategy != "prior" else \
         ((decode_all(model, strip.z, amp) * 255).round().byte(), posterior(strip.z))
-    shown = q[:28].argmax(1).argsort(stable=True)
-    order = torch.cat([shown, torch.arange(len(shown), len(q), device=device)])
     common.write(args.out / "hybrids.png",
-                 draw(x[order], q[order].cpu(), strip_x, strip_q.cpu(), data.classes))
+                 draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
     stem = args.out / "hybrids.pt"
     if args.export:
         args.export.mkdir(parents=True, exist_ok=True)

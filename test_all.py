@@ -45,6 +45,7 @@ VARIABLES = "DATASET DATA OUT SIZES SEEDS STEPS DEVICE PYTHON PIP_ARGS".split()
 ENV = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "PYTHONPATH", "MFLAGS")
        and not k.startswith("MAKE")} | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
 torch.set_num_threads(1)
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; make test-slow runs it")
 approx, close = pytest.approx, torch.testing.assert_close
 
 
@@ -265,7 +266,12 @@ def test_points_lie_where_they_should(strategy):
         white = p.z if p.i is None else (p.z - mu[p.i]) / (logvar[p.i] / 2).exp()
         assert white.mean(0).abs().max() < 0.06 and (white.var(0) - 1).abs().max() < 0.1
     else:
-        close(p.z, p.t[:, None] * mu[p.i] + (1 - p.t[:, None]) * mu[p.j])
+        line = lambda p: p.t[:, None] * mu[p.i] + (1 - p.t[:, None]) * mu[p.j]
+        straight = hybrids.sample(strategy, 4000, mu, logvar, y, posterior, seeded(), jitter=0.0)
+        close(straight.z, line(straight))
+        within = torch.stack([mu[y == c].var(0, correction=0) * (y == c).sum() for c in range(3)])
+        width = 0.5 * (within.sum(0) / 90).sqrt() * 30 ** (-1 / 6)
+        assert ((p.z - line(p)).std(0) / width - 1).abs().max() < 0.05
         assert ((y[p.i] == y[p.j]) == (strategy == "same")).all()
         assert 0 <= p.t.min() and p.t.max() <= 1
 
@@ -335,7 +341,7 @@ def test_residual_hybrids_give_back_their_sources():
 
 @pytest.mark.parametrize("transform, nothing", [
     (cnn.affine, dict(degrees=0, scale=0, shift=0, shear=0)), (cnn.flip_crop, dict(pad=0)),
-    (cnn.mixup, dict(fraction=0)), (cnn.cutmix, dict(fraction=0))],
+    (cnn.mixup, None), (cnn.cutmix, None)],
     ids=["affine", "flip_crop", "mixup", "cutmix"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmentations(transform, nothing, channels):
@@ -351,7 +357,7 @@ def test_augmentations(transform, nothing, channels):
     assert len(out.flatten(1).unique(dim=0)) > n / 2         # each image has parameters of its own
     if mixes:                               # one-hot labels of single images say what was mixed in
         assert len(q_out.amax(1).unique()) > n / 2
-        close(out.mean((1, 2, 3)), q_out @ values)
+        return close(out.mean((1, 2, 3)), q_out @ values)
     kept, kept_q = transform(one, q, seeded(), **nothing)
     flipped = transform is cnn.flip_crop and (kept != one).flatten(1).any(1)
     kept = torch.where(torch.as_tensor(flipped).view(-1, 1, 1, 1), kept.flip(3), kept)
@@ -368,10 +374,13 @@ def test_beta(alpha):
 def test_batches_hold_the_stated_share_of_hybrids():
     real = torch.zeros(9, 1, 16, 16).byte(), torch.eye(9)
     made = torch.full((5, 1, 16, 16), 255).byte(), torch.eye(9)[:5]
-    for fraction, wanted in ((0.0, 0), (0.25, 10), (1.0, 40)):
-        x, q = cnn.batches(real, 40, made, fraction)(seeded())
-        assert x.amax((1, 2, 3)).sum() == wanted and q.shape == (40, 9)
-    assert cnn.batches(real, 40)(seeded())[0].sum() == 0
+    for share, done, wanted in (((0, 0), 0, 0), ((0.25, 0.25), 0.7, 10), ((1, 1), 0.9, 40),
+                                ((1, 0), 0, 40), ((1, 0), 0.25, 30), ((0.5, 1), 0.5, 30)):
+        x, q = cnn.batches(real, 40, made, share=share)(seeded(), done)
+        assert x.shape == (40, 1, 16, 16) and q.shape == (40, 9)
+        assert (x.amax((1, 2, 3)) == 1).sum() == wanted and x.amin() in (0, 1)
+        mixed = cnn.batches(real, 40, mix=lambda x, q, g: (x + 1, q), share=share)(seeded(), done)
+        assert (mixed[0].amax((1, 2, 3)) == 1).sum() == wanted
 
 
 # ---- oracle maths: the statistics -------------------------------------------------------------
@@ -396,10 +405,10 @@ def test_summary_by_hand():
     table = {(e["n"], e["arm"]): e for e in compare.summarise(rows)}
     small, good, bad, alone = (table[key] for key in (
         (10, "mixup"), (20, "mixup"), (20, "real+hybrid"), (30, "mixup")))
-    assert [small[k] for k in ("accuracy", "half", "gain", "subsets")] == approx([70, 0, 15, 2])
+    assert [small[k] for k in ("accuracy", "accuracy_half", "gain", "subsets")] == approx([70, 0, 15, 2])
     assert small["gain_half"] == approx(12.706 * 5, rel=1e-3) and small["p"] is None
     assert good["p"] == 2 / 64 and good["p_holm"] == bad["p_holm"] == 4 / 64
-    assert alone["half"] is None and "gain" not in alone     # nothing to be compared with
+    assert alone["accuracy_half"] is None and "gain" not in alone     # nothing to be compared with
     assert [compare.verdict(e["gain"], e["gain_half"]) for e in (small, good, bad)] == [
         "inconclusive", "better than real", "worse than real"]
     assert compare.verdict(3.0, None) == "inconclusive"
@@ -413,7 +422,7 @@ def train(module, path, seed=0, state=None, rows=4):
     torch.manual_seed(seed)
     model = vae.VAE(1, 16, 16, 4) if module is vae else cnn.CNN(1, 3, width=4)
     real = cnn.batches((x, F.one_hot(y, 3).float()), 8)
-    fit = module.fit(model, (lambda g: real(g)[0]) if module is vae else real, steps=12, rounds=4,
+    fit = module.fit(model, (lambda g: real(g, 0)[0]) if module is vae else real, steps=12, rounds=4,
                      generator=seeded(seed), state=state)
     torch.save(list(itertools.islice(fit, rows))[-1]["state"], path)
     return read(path)
@@ -432,7 +441,7 @@ def test_same_seed_same_weights_and_resume_is_the_straight_run(module, tmp_path)
 def test_a_loss_that_is_not_finite_is_said():
     batch = torch.full((3, 1, 16, 16), math.nan), torch.eye(3)
     with pytest.raises(FloatingPointError, match="not finite"):
-        list(cnn.fit(cnn.CNN(1, 3, width=4), lambda g: batch, steps=2))
+        list(cnn.fit(cnn.CNN(1, 3, width=4), lambda g, done: batch, steps=2))
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (28, 28), (31, 31), (64, 64), (17, 40)])
@@ -525,7 +534,7 @@ assert torch.allclose(hybrids.label("product", points, y, Posterior()).sum(1), t
 """, "cnn": """
 real, g = (torch.zeros(9, 1, 16, 16, dtype=torch.uint8), torch.eye(9)), torch.Generator()
 model = cnn.CNN(1, 9, width=4)
-assert list(cnn.fit(model, cnn.batches(real, 4, real, 0.5, [cnn.mixup]), steps=3, generator=g))
+assert list(cnn.fit(model, cnn.batches(real, 4, real, cnn.mixup), steps=3, generator=g))
 assert cnn.predict(model, real[0]).shape == (9, 9)
 """}
 
@@ -988,13 +997,169 @@ def test_what_is_missing_comes_with_the_command_that_makes_it(copy, capsys, scri
     "vae --latent-dim 0", "vae --batch-size -3", "vae --seed -1", "vae --image-size 8",
     "vae --device tpu", "vae --threads 0", "vae --nosuch", "latent --codes 1",
     "hybrids --count 0", "hybrids --strategy nowhere",
-    "hybrids --strategy prior --label product", "cnn --hybrid-fraction 2", "cnn --mixup nan",
+    "hybrids --strategy prior --label product", "cnn --hybrid-fraction 2",
+    "cnn --hybrid-fraction 1 0 0", "cnn --mixup nan",
     "cnn --cutmix -1", "cnn --width 0", "cnn --batch-size 1", "compare --sizes 1",
     "compare --seeds 0", "compare --arms nosuch", "compare --weight-decay inf", "compare --jobs 0"])
 def test_flags_out_of_range(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*words.split())
     assert re.search(rf"\A{words.split()[0]}\.py: [^\n]+\n\Z", capsys.readouterr().err)
+
+
+# ---- bad machines -----------------------------------------------------------------------------
+
+STEMS = {"vae": ["--steps", 3, "--latent-dim", 4], "latent": [], "hybrids": ["--count", 90],
+         "cnn": ["--steps", 3, "--width", 8], "compare": ["--sizes", 12, "--seeds", 1, "--steps", 3,
+                                                         "--vae-steps", 3, "--jobs", 1]}
+
+
+@pytest.mark.parametrize("most", [0, 500, 20_000])
+@pytest.mark.parametrize("script", STEMS)
+def test_a_full_disk_leaves_no_half_of_a_file(copy, capsys, monkeypatch, script, most):
+    """No file may grow beyond `most` bytes: writing fails as it does where no space is left."""
+    resource = pytest.importorskip("resource")
+    stem = copy / f"{script}.{'json' if script == 'compare' else 'pt'}"
+    before = {f: f.read_bytes() for f in copy.glob("*.pt") if f != stem}
+    stem.unlink(missing_ok=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        line = mistake(capsys, script, "-o", copy, *STEMS[script])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "large" in line and not stem.exists() and not [*copy.rglob("*.tmp")]
+    assert all(f.read_bytes() == content for f, content in before.items())
+    assert run(script, "-o", copy, *STEMS[script]) == 0
+
+
+def test_two_runs_in_one_folder(copy, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with (copy / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another run works in" in mistake(capsys, "vae", "-o", copy)
+        assert run("latent", "-o", copy, "--point=0,0,0,0") == 0          # reading is free
+    assert run("hybrids", "-o", copy, "--count", 9) == 0
+
+
+def test_a_data_set_that_does_not_fit_in_memory_is_refused():
+    with pytest.raises(common.Mistake, match=r"photos needs \d+\.\d GiB of memory and \d+\.\d are"):
+        common.need_memory(2 ** 62, "photos")
+    common.need_memory(1, "a byte")
+
+
+def test_every_changed_bit_is_found(chain, tmp_path):
+    """200 seeded mutations: refused in one line, or without any effect."""
+    def contents(v):
+        return v.tolist() if isinstance(v, torch.Tensor) else v
+    g, refused = np.random.default_rng(0), 0
+    args = vae.parse_args(["-o", str(tmp_path), "--dataset", str(tmp_path / "tiny.npz")])
+    files = [chain / f"{kind}.pt" for kind in STEPS] + [chain.parent / "tiny.npz"]
+    def content(folder, file):
+        if file.suffix == ".npz":
+            data = dataset(folder / file.name, tmp_path)
+            return [contents(v) for v in (data.images, data.labels, data.test_images)]
+        args.out = folder
+        return str(common.load(args, file.stem))
+    torch.set_printoptions(threshold=10 ** 9, precision=10)
+    truth = {file: content(file.parent, file) for file in files}
+    for k in range(200):
+        file = files[k % len(files)]
+        damaged = bytearray(file.read_bytes())
+        if k % 4 == 3:
+            del damaged[g.integers(len(damaged)):]
+        else:
+            damaged[g.integers(len(damaged))] ^= 1 << g.integers(8)
+        (tmp_path / file.name).write_bytes(damaged)
+        try:
+            assert content(tmp_path, file) == truth[file], (k, file)
+        except common.Mistake as line:
+            refused += 1
+            assert file.name in str(line)
+        (tmp_path / file.name).unlink()
+    torch.set_printoptions(profile="default")
+    assert refused > 150
+
+
+def test_changed_cells_are_computed_again(grid, tmp_path):
+    out, g = Path(shutil.copytree(grid, tmp_path / "grid")), np.random.default_rng(0)
+    for file in (out / "cells").iterdir():
+        damaged = bytearray(file.read_bytes())
+        damaged[g.integers(len(damaged))] ^= 1 << g.integers(7)
+        file.write_bytes(damaged)
+    assert run(*GRID, "--dataset", grid / "tiny.npz", "-o", out, "--jobs", 1) == 0
+    assert (out / "compare.csv").read_text() == (grid / "compare.csv").read_text()
+
+
+def torchrun(ranks, script, *words):
+    """-> the process; its ranks log below nothing, and see one processor thread each."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             f"--nproc-per-node={ranks}", str(script), *map(str, words)],
+                            env=ENV, cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_ranks_share_the_cells_and_gather_makes_the_result(grid, tmp_path):
+    words = [*GRID[1:], "--dataset", grid / "tiny.npz", "-o", tmp_path, "--threads", 1, "--quiet"]
+    said, _ = (process := torchrun(2, HERE / "compare.py", *words)).communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("has finished") == 2 and not (tmp_path / "compare.json").exists()
+    assert run("compare", *words[:-3], "--gather") == 0
+    assert (tmp_path / "compare.csv").read_text() == (grid / "compare.csv").read_text()
+
+
+@slow
+def test_a_dead_rank_costs_its_cells_only(grid, tmp_path, capsys):
+    words = [*GRID[1:], "--seeds", 4, "--dataset", grid / "tiny.npz", "-o", tmp_path]
+    words += ["--steps", 60]
+    process = torchrun(3, HERE / "compare.py", *words, "--threads", 1, "--quiet")
+    while process.poll() is None and not list(tmp_path.glob("cells/*.json")):
+        time.sleep(0.05)
+    ranks = shell("pgrep", "-f", f"compare.py.*{tmp_path}").stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)              # torchrun, the first of them, sees to it
+    assert process.wait(timeout=60) != 0
+    kept = {f: f.read_bytes() for f in tmp_path.glob("cells/*.json")}
+    assert run("compare", *words, "--gather") == 2 and kept
+    assert "subsets are missing" in capsys.readouterr().err
+    assert torchrun(3, HERE / "compare.py", *words, "--threads", 1).wait(timeout=300) == 0
+    assert run("compare", *words, "--gather") == 0
+    assert all(f.read_bytes() == content for f, content in kept.items())
+    assert len(json.loads((tmp_path / "compare.json").read_text())["rows"]) == 16
+
+
+WATCHED = """
+import importlib, os, sys
+import torch
+name, kind, where = sys.argv[1:4]
+module = importlib.import_module(name)
+made, plain = [], getattr(module, kind)
+setattr(module, kind, type(kind, (plain,), {"__init__": lambda self, *a, **k: (
+    plain.__init__(self, *a, **k), made.append(self))[0]}))
+code = module.main(sys.argv[4:])
+torch.save(made[0].state_dict(), f"{where}/rank{os.environ['RANK']}.pt")
+sys.exit(code)
+"""
+
+
+@slow
+@pytest.mark.parametrize("name, kind", [("vae", "VAE"), ("cnn", "CNN")])
+def test_two_ranks_train_one_model(copy, tmp_path, name, kind):
+    (tmp_path / "watched.py").write_text(WATCHED)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(tmp_path / "watched.py"), name, kind, str(tmp_path), "-o", str(copy), "--steps", "40",
+         "--threads", "1", "--quiet"], env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
+    before = read(copy / f"{name}.pt")["metrics"]
+    assert process.wait(timeout=200) == 0
+    one, two, saved = read(tmp_path / "rank0.pt"), read(tmp_path / "rank1.pt"), read(copy / f"{name}.pt")
+    weights = [key for key in one if "running" not in key and "tracked" not in key]
+    assert same({k: one[k] for k in weights}, {k: two[k] for k in weights})
+    assert same(one, saved["model"])
+    if name == "vae":
+        after = saved["metrics"]["test"]["negative_elbo"]
+        assert after < 1.1 * before["test"]["negative_elbo"]
+    else:
+        assert saved["metrics"]["accuracy"] > before["accuracy"] - 0.05
 
 
 # ---- the make chain ---------------------------------------------------------------------------

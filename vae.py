@@ -60,8 +60,9 @@ class VAE(nn.Module):
         """z (B,D) -> images in [0,1] (B,C,H,W), float32."""
         return self.logits(z).sigmoid()
 
-    def forward(self, x, noise):
+    def forward(self, x, generator=None):
         mu, logvar = self.encode(x)
+        noise = torch.randn(mu.shape, device=mu.device, generator=generator)
         return self.logits(mu + noise * (logvar / 2).exp()), mu, logvar
 
 
@@ -80,63 +81,57 @@ def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, ge
     and "state": given back as `state`, it resumes the run exactly.
     Raises FloatingPointError, naming the step, when the loss is not finite any more.
     """
-    device, latent_dim = next(model.parameters()).device, model.config["latent_dim"]
+    device, first = next(model.parameters()).device, 0
     optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0,
                                   fused=True)
-    first = 0
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
         first = state["step"]
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    sums, since, start, seen = torch.zeros(2, device=device), first, time.perf_counter(), 0
-    for step in range(first, steps):
-        for group in optimiser.param_groups:           # linear warm-up, then linearly to zero
-            group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
-        x = next_batch(generator)
-        noise = torch.randn(len(x), latent_dim, device=device, generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            outputs = model(x.contiguous(memory_format=torch.channels_last), noise)
-        reconstruction, kl = elbo_terms(outputs[0], x, *outputs[1:])
-        optimiser.zero_grad(set_to_none=True)
-        (reconstruction + beta * kl).backward()
-        optimiser.step()
-        sums += torch.stack([reconstruction, kl]).detach()
-        seen += len(x)
-        if step + 1 in ends:                           # the only host synchronisation
-            means = (sums / (step + 1 - since)).tolist()
-            if not math.isfinite(sum(means)):
-                raise FloatingPointError(f"the loss is not finite between steps {since} and "
-                                         f"{step + 1}; lower the learning rate, or use --no-amp")
-            yield {"step": step + 1, "reconstruction": means[0], "kl": means[1],
-                   "images_per_second": seen / (time.perf_counter() - start),
-                   "state": {"step": step + 1, "model": model.state_dict(),
-                             "optimiser": optimiser.state_dict(),
-                             "generator": generator.get_state()}}
-            sums, since, start, seen = torch.zeros_like(sums), step + 1, time.perf_counter(), 0
+    for end in sorted(end for end in ends if end > first):
+        sums, start = torch.zeros(2, device=device), time.perf_counter()
+        for step in range(first, end):
+            for group in optimiser.param_groups:       # linear warm-up, then linearly to zero
+                group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
+            x = next_batch(generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = model(x.contiguous(memory_format=torch.channels_last), generator)
+            reconstruction, kl = elbo_terms(outputs[0], x, *outputs[1:])
+            optimiser.zero_grad()
+            (reconstruction + beta * kl).backward()
+            optimiser.step()
+            sums += torch.stack([reconstruction, kl]).detach()
+        means = (sums / (end - first)).tolist()        # the only host synchronisation
+        if not math.isfinite(sum(means)):
+            raise FloatingPointError(f"the loss is not finite between steps {first} and {end}; "
+                                     "lower the learning rate, or use --no-amp")
+        yield {"step": end, "reconstruction": means[0], "kl": means[1],
+               "images_per_second": len(x) * (end - first) / (time.perf_counter() - start),
+               "state": {"step": end, "model": model.state_dict(),
+                         "optimiser": optimiser.state_dict(), "generator": generator.get_state()}}
+        first = end
+
+
+def as_input(images):
+    """uint8 (B,C,H,W) -> float in [0,1], channels last."""
+    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
     """mu, logvar (N,D), float32, of uint8 images (N,C,H,W)."""
-    out = []
-    for chunk in images.split(batch):
-        x = (chunk.float() / 255).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            out.append(model.encode(x))
-    mu, logvar = zip(*out)
-    return torch.cat(mu), torch.cat(logvar)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        parts = [model.encode(as_input(chunk)) for chunk in images.split(batch)]
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 @torch.no_grad()
 def decode_all(model, z, amp=False, batch=1000):
     """Images in [0,1], float32 (N,C,H,W), of points z (N,D)."""
-    out = []
-    for chunk in z.split(batch):
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
-            out.append(model.decode(chunk))
-    return torch.cat(out)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
+        return torch.cat([model.decode(chunk) for chunk in z.split(batch)])
 
 
 @torch.no_grad()
@@ -144,11 +139,9 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     """Reconstruction and KL in nats an image over uint8 images, one noise draw an image."""
     sums = torch.zeros(2, device=images.device)
     for chunk in images.split(batch):
-        x = (chunk.float() / 255).contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(len(x), model.config["latent_dim"], device=x.device,
-                            generator=generator)
+        x = as_input(chunk)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            logits, mu, logvar = model(x, noise)
+            logits, mu, logvar = model(x, generator)
         sums += torch.stack(elbo_terms(logits, x, mu, logvar)) * len(x)
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
@@ -187,12 +180,23 @@ def clock(seconds: float) -> str:
 
 def resume(args, last: Path, work: dict):
     """-> state, history of unfinished work; None, [] where there is none of the same settings."""
+    import common
     try:
-        saved = torch.load(last, map_location="cpu", weights_only=True) if args.resume else {}
+        saved = common.read(last) if args.resume and work["ranks"] == 1 else {}
         same = all(saved[key] == value for key, value in work.items())
         return (saved["state"], saved["history"]) if same else (None, [])
     except Exception:                   # absent, or damaged, which is as good as absent
         return None, []
+
+
+def distribute(model, batch_size):
+    """Over the ranks of torchrun -> model that averages gradients, rank, its batch size."""
+    from common import RANK, RANKS, need
+    need(batch_size % RANKS == 0, f"--batch-size {batch_size} is no multiple of {RANKS} ranks")
+    if RANKS > 1:
+        torch.distributed.init_process_group()
+        model = nn.parallel.DistributedDataParallel(model)
+    return model, RANK, batch_size // RANKS
 
 
 def load_vae(args, device="cpu"):
@@ -296,19 +300,20 @@ def command(args):
     pool, validation = common.split(data)
     rows = pool if args.images is None else common.subset(data, pool, args.images, args.seed)
     images, held_out = data.images[rows.to(device)], data.images[validation.to(device)]
-    generator = torch.Generator(device).manual_seed(args.seed)
     torch.manual_seed(args.seed)                       # the initial weights
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim)
     model = model.to(device, memory_format=torch.channels_last)
     stem, last = args.out / "vae.pt", args.out / "vae.last.pt"
     work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
-            "code": common.fingerprint(Path(__file__)), "amp": amp}
+            "code": common.fingerprint(Path(__file__)), "amp": amp, "ranks": common.RANKS}
     state, history = resume(args, last, work)
     progress = Progress(args.steps, "vae", args.quiet, state["step"] if state else 0,
                         args.out / "vae.log.jsonl")
+    net, rank, share = distribute(model, args.batch_size)
+    generator = torch.Generator(device).manual_seed(args.seed + 10**6 * rank)
 
     def next_batch(g):
-        picked = torch.randint(len(images), (args.batch_size,), device=device, generator=g)
+        picked = torch.randint(len(images), (share,), device=device, generator=g)
         return images[picked].float() / 255
 
     def score(part):
@@ -316,8 +321,10 @@ def command(args):
         some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
         return evaluate(model, part[some.to(device)], generator=fresh, amp=amp)
 
-    for row in fit(model, next_batch, steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
+    for row in fit(net, next_batch, steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
                    generator=generator, state=state):
+        if rank:
+            continue                                   # the first one reports and writes
         state, rate = row.pop("state"), row.pop("images_per_second")
         row["validation"] = score(held_out)["negative_elbo"]
         history.append(row)
@@ -325,6 +332,8 @@ def command(args):
                               f"({row['validation']:.1f} on validation)  {rate:,.0f} images/s",
                  images_per_second=rate)
         common.write(last, {**work, "state": state, "history": history})
+    if rank:
+        return
     metrics = {"train": score(images), "test": score(data.test_images), "history": history}
     common.write(args.out / "vae.png", draw(history, model, data, amp, generator))
     common.save(stem, args, data, metrics, config=model.config, rows=rows,
