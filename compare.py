@@ -6,8 +6,8 @@
 Every arm of one size and subset has the same images, initial weights and number of steps, and the
 VAE sees no other images. The last step's score counts; none is picked.
 
-Reads:  a data set (the one of vae.pt, if --dataset is not given).
-Writes: compare.json compare.csv compare.png, and cells/, from which an interrupted grid goes on.
+Reads:  a data set (the one of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
+Writes: compare.json compare.csv compare.png, summary.png, and cells/, from which a grid goes on.
 """
 from __future__ import annotations
 
@@ -61,24 +61,23 @@ ARMS = {
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
+AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 VIEWS = 9                                               # of each image, for augment+hybrid's VAE
 
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
-    device = images.device
     torch.manual_seed(seed)
     model = vae.VAE(*images.shape[1:], latent_dim=recipe["latent_dim"])
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def next_batch(g):
-        rows = torch.randint(len(images), (BATCH,), device=device, generator=g)
-        return images[rows].float() / 255
-
-    for _ in vae.fit(model, next_batch, steps=recipe["vae_steps"], rounds=1, amp=recipe["amp"],
-                     generator=torch.Generator(device).manual_seed(seed)):
+    model = model.to(images.device, memory_format=torch.channels_last)
+    for _ in vae.fit(model, vae.batches(images, BATCH), steps=recipe["vae_steps"], rounds=1,
+                     amp=recipe["amp"], generator=generator(images, seed)):
         pass
     return model.eval()
+
+
+def generator(images, seed):
+    return torch.Generator(images.device).manual_seed(seed)
 
 
 class Source:
@@ -86,7 +85,7 @@ class Source:
 
     def __init__(self, images, y, classes, seed, recipe, augment=None, model=None):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
-        g = torch.Generator(images.device).manual_seed(seed)
+        g = generator(images, seed)
         views = [augment(images.float() / 255, None, g)[0] for _ in range(VIEWS)] if augment else []
         self.images = torch.cat([images, *((v * 255).round().byte() for v in views)])
         self.y = y.repeat(1 + len(views))
@@ -98,7 +97,7 @@ class Source:
 
     def pool(self, strategy, rule, residual):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
-        g, pixels = torch.Generator(self.mu.device).manual_seed(self.seed), strategy == "pixels"
+        g, pixels = generator(self.mu, self.seed), strategy == "pixels"
         points = hybrids.sample("between" if pixels else strategy, self.count, self.mu,
                                 self.logvar, self.y, self.posterior, g)
         # A decoder that keeps nothing leaves all to the residual: mixup.
@@ -114,16 +113,15 @@ def augmentation(images):
 
 def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(augment)."""
-    device, real = images.device, (images, F.one_hot(y, classes).float())
+    real, augment = (images, F.one_hot(y, classes).float()), [augmentation(images)] * arm.augment
     made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
     mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], cnn.blocks_for(images.shape[1:]))
-    model = model.to(device, memory_format=torch.channels_last)
-    augment = [augmentation(images)] * arm.augment
+    model = model.to(images.device, memory_format=torch.channels_last)
     for _ in cnn.fit(model, cnn.batches(real, BATCH, made, mix, arm.share, augment),
                      steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,
-                     amp=recipe["amp"], generator=torch.Generator(device).manual_seed(seed)):
+                     amp=recipe["amp"], generator=generator(images, seed)):
         pass
     return model
 
@@ -146,16 +144,12 @@ def cell_file(folder, n, seed, arm, recipe):
 
 
 def read_cell(file):
-    """The row of a cell; None where it is absent or damaged."""
+    """The row of a cell; None where it is absent or a bit of it has changed."""
     try:
-        row = json.loads(file.read_text())
-        return row if row.pop("digest") == digest(row) else None
-    except (OSError, ValueError, KeyError, AttributeError):
+        row, mark = json.loads(file.read_text())
+        return row if mark == common.fingerprint(json.dumps(row).encode()) else None
+    except (OSError, ValueError, TypeError):
         return None
-
-
-def digest(row):
-    return common.fingerprint(json.dumps(row).encode())
 
 
 def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
@@ -182,7 +176,7 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
             scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
             row = {"n": n, "seed": seed, "arm": arm, **scored}
-            common.write(files[arm], {**row, "digest": digest(row)})
+            common.write(files[arm], [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
         return unit, str(error).splitlines()[0]         # the grid goes on
     return unit, None
@@ -246,25 +240,21 @@ def summarise(rows, pool=math.inf, base="real"):
 
     Where n is over half of the `pool`, subsets are nearly the same images: no interval, no p.
     """
-    table, by = [], {(r["n"], r["seed"], r["arm"]): r for r in rows}
-    for n in sorted({r["n"] for r in rows}):
-        for arm in ARMS:
-            own = [r for r in rows if r["n"] == n and r["arm"] == arm]
-            if not own:
-                continue
-            hollow = 2 * n > pool
-            mean, half = interval([100 * r["accuracy"] for r in own])
-            entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": hollow, "accuracy": mean,
-                     "accuracy_half": None if hollow else half,
-                     **{k: float(np.mean([r[k] for r in own])) for k in
-                        ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")}}
-            pairs = [100 * (r["accuracy"] - by[n, r["seed"], base]["accuracy"]) for r in own
-                     if (n, r["seed"], base) in by]
-            if arm != base and pairs:
-                gain, gain_half = interval(pairs)
-                entry.update(gain=gain, gain_half=None if hollow else gain_half,
-                             p=None if hollow else sign_flip_p(pairs))
-            table.append(entry)
+    table, by = [], {(r["n"], r["seed"], r["arm"]): 100 * r["accuracy"] for r in rows}
+    for n, arm in itertools.product(sorted({r["n"] for r in rows}), ARMS):
+        own = [r for r in rows if (r["n"], r["arm"]) == (n, arm)]
+        values = {"accuracy": [by[n, r["seed"], arm] for r in own],
+                  "gain": [by[n, r["seed"], arm] - by[n, r["seed"], base] for r in own
+                           if arm != base and (n, r["seed"], base) in by]}
+        entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": 2 * n > pool}
+        for what, numbers in values.items():
+            if numbers:
+                entry[what], half = interval(numbers)
+                entry[f"{what}_half"] = None if entry["hollow"] else half
+        if values["gain"]:
+            entry["p"] = None if entry["hollow"] else sign_flip_p(values["gain"])
+        if own:
+            table.append(entry | {key: float(np.mean([r[key] for r in own])) for key in AVERAGED})
     tested = [e for e in table if e.get("p") is not None]
     for entry, p in zip(tested, holm([e["p"] for e in tested])):
         entry["p_holm"] = p
@@ -276,6 +266,17 @@ def verdict(gain, half) -> str:
     return f"{'better' if gain > 0 else 'worse'} than real" if sure else "inconclusive"
 
 
+def pm(mean, half, sign=""):
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+
+
+def answers(table):
+    """Did hybrids help, by how much, how sure: a sentence a size."""
+    return [f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
+            f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}"
+            for e in table if e["arm"] == "real+hybrid" and "gain" in e]
+
+
 def parse_args(argv=None):
     parser = common.flags("compare.py", __doc__)
     add = parser.add_argument_group("the grid").add_argument
@@ -284,16 +285,16 @@ def parse_args(argv=None):
     add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
         metavar="ARM", help="of: " + ", ".join(ARMS))
     add("--score", choices=["test", "validation"], default="test", help="which images judge")
-    add("--vae-data", choices=["subset", "all"], default="subset",
-        help="the VAE sees the cell's n images, or all of them without labels")
-    add("--steps", type=common.number(int, 1), help="of every CNN; without it "
-        + ", ".join(f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400")
+    add("--vae-data", choices=["subset", "all"], default="subset", help="the VAE sees the cell's n "
+        "images, or all of them without labels")
+    add("--steps", type=common.number(int, 1), help="of every CNN; without it " + ", ".join(
+        f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400; for colour twice as many")
     add("--width", type=common.number(int, 1, 1024), default=32, help="of a CNN's first block")
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
     add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
-    add("--jobs", type=common.number(int, 1), help="cells at once, a process of one thread each; "
-        "without it one a core, and one on a GPU or a rank")
+    add("--jobs", type=common.number(int, 1), help="processes, of one thread each; without it one a "
+        "core, and one on a GPU or a rank")
     add("--gather", action="store_true", help="train nothing: make the result of finished cells")
     return parser.parse_args(argv)
 
@@ -314,8 +315,8 @@ def curves(left, right, table, rows, facts, args):
             if all(what in e for e in own):
                 axes.errorbar([e["n"] * side for e in own], [e[what] for e in own],
                               [e[f"{what}_half"] or 0 for e in own], **look)
-                axes.plot(*zip(*[(e["n"] * side, e[what]) for e in own if e["hollow"]] or [((), ())]),
-                          marker, color=colour, mfc="white", ms=6, zorder=5)
+                for e in (e for e in own if e["hollow"]):
+                    axes.plot(e["n"] * side, e[what], marker, color=colour, mfc="white", zorder=5)
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
     vae.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
@@ -327,25 +328,25 @@ def curves(left, right, table, rows, facts, args):
         axes.set_xticks(sizes := sorted({e["n"] for e in table}), sizes)
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
-    left.figure.supxlabel(
-        f"{max(e['subsets'] for e in table)} subsets, each a dot; bars: 95% t intervals over subsets"
-        + "; hollow: over half of the pool, no interval" * any(e["hollow"] for e in table)
-        + "; the VAE saw all images" * (args.vae_data == "all"), fontsize=8, color="0.35")
+    notes = [f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals"]
+    notes += ["hollow: over half of the pool, no interval"] * any(e["hollow"] for e in table)
+    notes += ["the VAE saw all images"] * (args.vae_data == "all")
+    left.figure.supxlabel("; ".join(notes), fontsize=8, color="0.35")
 
 
 def summary(table, rows, facts, args):
     """The run on one sheet: the map, the hybrids, the curves; None where the chain has not run."""
     try:
         codes, made = (common.load(args, kind) for kind in ("latent", "hybrids"))
+        common.need(codes["dataset"]["fingerprint"] == facts["fingerprint"], "of other images")
     except common.Mistake:
-        return None
-    if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
         return None
     sheet = vae.figure(16, 11)
     top, bottom = sheet.subfigures(2, 1, height_ratios=[1.15, 1])
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.25])
-    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"],
-                    latent.Aggregate(**codes["calibrated"]["aggregate"]), torch.Generator().manual_seed(0))
+    shown = latent.Aggregate(**codes["calibrated"]["aggregate"])
+    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"], shown,
+                    torch.Generator().manual_seed(args.seed))
     hybrids.gallery(right, made["images"], made["q"], facts["classes"], 3, 6)
     curves(*bottom.subplots(1, 2), table, rows, facts, args)
     sheet.suptitle("Do hybrid images help?  " + "\n".join(answers(table)), fontsize=12,
@@ -353,25 +354,13 @@ def summary(table, rows, facts, args):
     return sheet
 
 
-def answers(table):
-    """Did hybrids help, by how much, how sure: a sentence a size."""
-    return [f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
-            f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}"
-            for e in table if e["arm"] == "real+hybrid" and "gain" in e]
-
-
-def pm(mean, half, sign=""):
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
-
-
 def report(table):
     """The closing table, and the answer in words."""
-    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'gain over real':>16}{'NLL':>8}{'ECE':>7}")
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
     for e in table:
-        gain = (e["gain"], e["gain_half"]) if "gain" in e else None
-        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}"
-              f"{pm(*gain, '+') if gain else '':>16}{e['nll']:8.3f}{e['ece']:7.3f}"
-              f"  {verdict(*gain) if gain else ''}")
+        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}{e['nll']:8.3f}"
+              f"{e['ece']:7.3f}" + (f"{pm(e['gain'], e['gain_half'], '+'):>16}  "
+                                    f"{verdict(e['gain'], e['gain_half'])}" if "gain" in e else ""))
     print(*answers(table), sep="\n")
 
 
@@ -383,17 +372,16 @@ def command(args):
     pool, _ = common.split(data)
     sizes = sorted({n for n in args.sizes if n <= len(pool)})
     common.need(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to train on")
-    if max(args.sizes) > len(pool):
-        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
+    print(f"sizes above the {len(pool)} images there are left out\n" * (max(args.sizes) > len(pool)),
+          end="", file=sys.stderr)
     facts = data.facts(args)
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
         key: vars(args)[key] for key in
         ("score", "vae_data", "latent_dim", "vae_steps", "width", "weight_decay")}}
-    folder = args.out / "cells"
-    folder.mkdir(exist_ok=True)
+    (folder := args.out / "cells").mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]     # one order, whatever was typed
     seeds = range(args.seed, args.seed + args.seeds)
-    recipes = {n: {**recipe, "steps": args.steps or next(
+    recipes = {n: {**recipe, "steps": args.steps or (2 if facts["shape"][0] == 3 else 1) * next(
         (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
 
     def found(n, seed):
@@ -401,11 +389,12 @@ def command(args):
         return [row for row in rows if row]
 
     # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
-    units = [unit for unit in list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
-             if len(found(*unit)) < len(arms)]
+    units = list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
+    units = [unit for unit in units if len(found(*unit)) < len(arms)]
     failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
     units = [] if args.gather else units
-    jobs = args.jobs or (cores // (args.threads or 1) if (device.type, common.RANKS) == ("cpu", 1) else 1)
+    alone = device.type == "cpu" and common.RANKS == 1
+    jobs = args.jobs or (cores // (args.threads or 1) if alone else 1)
     shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
@@ -413,8 +402,8 @@ def command(args):
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
                        vae.Progress(len(units), "subsets", args.quiet))
     if common.RANKS > 1:
-        return print(f"rank {common.RANK} has finished; the result: the same command with python compare.py "
-                     "--gather", *failed, sep="\n")
+        return print(f"rank {common.RANK} has finished; then: python compare.py --gather, and the "
+                     "same flags", *failed, sep="\n")
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
     common.need(rows, f"no cell could be computed: {failed[:1]}")
@@ -423,16 +412,15 @@ def command(args):
         ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
     fig, sheet = vae.figure(13, 5.6), summary(table, rows, facts, args)
     curves(*fig.subplots(1, 2), table, rows, facts, args)
-    common.write(args.out / "compare.png", fig)
-    if sheet:
-        common.write(args.out / "summary.png", sheet)
+    pictures = {"summary.png": sheet, "compare.png": fig} if sheet else {"compare.png": fig}
+    for name, picture in pictures.items():
+        common.write(args.out / name, picture)
     common.write(args.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
         "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
-    names = ["summary.png"] * bool(sheet) + ["compare.png", "compare.csv", "compare.json"]
-    print(*(args.out / name for name in names), sep="\n")
+    print(*(args.out / name for name in [*pictures, "compare.csv", "compare.json"]), sep="\n")
     common.need(not failed, f"{len(failed)} subsets are missing; run it again")
 
 

@@ -114,6 +114,14 @@ def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, ge
         first = end
 
 
+def batches(images, size):
+    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from uint8 images (N,C,H,W)."""
+    def next_batch(generator):
+        rows = torch.randint(len(images), (size,), device=images.device, generator=generator)
+        return images[rows].float() / 255
+    return next_batch
+
+
 def as_input(images):
     """uint8 (B,C,H,W) -> float in [0,1], channels last."""
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
@@ -312,16 +320,12 @@ def command(args):
     net, rank, share = distribute(model, args.batch_size)
     generator = torch.Generator(device).manual_seed(args.seed + 10**6 * rank)
 
-    def next_batch(g):
-        picked = torch.randint(len(images), (share,), device=device, generator=g)
-        return images[picked].float() / 255
-
     def score(part):
         fresh = torch.Generator(device).manual_seed(args.seed + 1)
         some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
         return evaluate(model, part[some.to(device)], generator=fresh, amp=amp)
 
-    for row in fit(net, next_batch, steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
+    for row in fit(net, batches(images, share), steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
                    generator=generator, state=state):
         if rank:
             continue                                   # the first one reports and writes
