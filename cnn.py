@@ -8,8 +8,7 @@
 Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids.
 Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
 """
-from __future__ import annotations
-
+import csv
 import math
 import sys
 import time
@@ -21,7 +20,6 @@ from torch import nn
 
 # Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
 
-
 class CNN(nn.Module):
     """Convolution blocks that halve the side and double the width, then the strongest response.
 
@@ -29,11 +27,11 @@ class CNN(nn.Module):
     against 78.9% (validation, 2 subsets). x (B,C,H,W) in [0,1] -> logits (B,K).
     """
 
-    def __init__(self, channels: int, classes: int, width: int = 32, blocks: int = 3):
+    def __init__(self, channels: int, classes: int, width: int = 32, side: int = 28):
         super().__init__()
-        self.config = dict(channels=channels, classes=classes, width=width, blocks=blocks)
+        self.config = dict(channels=channels, classes=classes, width=width, side=side)
         layers, inputs = [], channels
-        for i in range(blocks):
+        for i in range(3 if side <= 32 else 4):           # the last block sees a side of 8 or so
             outputs = width * 2 ** min(i, 2)
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
                        nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
@@ -43,12 +41,6 @@ class CNN(nn.Module):
 
     def forward(self, x):
         return self.head(self.features(x - 0.5).amax((2, 3)))
-
-
-def blocks_for(shape) -> int:
-    """How many blocks suit images of shape (C,H,W): the last one sees a side of 8 or so."""
-    return 3 if max(shape[1:]) <= 32 else 4
-
 
 def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
         generator=None, state=None):
@@ -91,7 +83,6 @@ def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=
                          "optimiser": optimiser.state_dict(), "generator": generator.get_state()}}
         first = end
 
-
 @torch.no_grad()
 def predict(model, images, amp=False, batch=1000):
     """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
@@ -99,7 +90,6 @@ def predict(model, images, amp=False, batch=1000):
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         return torch.cat([model((chunk.float() / 255).contiguous(
             memory_format=torch.channels_last)).float() for chunk in images.split(batch)])
-
 
 def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=()):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
@@ -122,13 +112,11 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=())
         return x, q
     return next_batch
 
-
 # Augmentations: (x, q, generator) -> (x, q), parameters drawn for each image by itself.
 
 def uniform(x, low, high, generator):
     """(B,) numbers from [low, high), on the device of x."""
     return low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)
-
 
 def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     """Rotate, stretch, shear and shift, the border continued: for grey images."""
@@ -141,7 +129,6 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False),
                          padding_mode="border", align_corners=False), q
 
-
 def flip_crop(x, q, generator, pad=4):
     """Mirror half of the images, shift each by up to `pad` pixels, edges reflected: for colour."""
     n, c, h, w = x.shape
@@ -153,6 +140,9 @@ def flip_crop(x, q, generator, pad=4):
     channel = torch.arange(c, device=x.device)[:, None, None]
     return F.pad(x, (pad,) * 4, mode="reflect")[image, channel, rows, columns], q
 
+def augment(x, q, generator):
+    """What suits digits and the like, if grey; what suits photographs, if colour."""
+    return (affine if x.shape[1] == 1 else flip_crop)(x, q, generator)
 
 def beta(x, alpha, generator):
     """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any generator."""
@@ -160,14 +150,12 @@ def beta(x, alpha, generator):
     mass = (alpha * (F.logsigmoid(grid) + F.logsigmoid(-grid))).exp().cumsum(0)
     return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
 
-
 def mixup(x, q, generator, alpha=1.0):
     """A convex combination of two images and of their labels (Zhang et al. 2018)."""
     t = beta(x, alpha, generator)
     other = torch.randperm(len(x), device=x.device, generator=generator)
     w = t[:, None, None, None]
     return w * x + (1 - w) * x[other], t[:, None] * q + (1 - t[:, None]) * q[other]
-
 
 def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
@@ -182,7 +170,6 @@ def cutmix(x, q, generator, alpha=1.0):
     other = torch.randperm(n, device=x.device, generator=generator)
     return torch.where(inside[:, None], x[other], x), t * q + (1 - t) * q[other]
 
-
 def corrupt(images, seed=0):
     """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
     x, g = images.float() / 255, torch.Generator(images.device).manual_seed(seed)
@@ -190,7 +177,6 @@ def corrupt(images, seed=0):
               "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
               "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
     return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
-
 
 # ---- command ---------------------------------------------------------------------------------
 
@@ -221,7 +207,6 @@ def parse_args(argv=None):
         parser.error("--hybrid-fraction takes one share, or a first and a last one")
     return args
 
-
 def draw(history, q, y, classes):
     """Training curves and the confusion matrix on test images."""
     from vae import COLOURS, figure, tidy
@@ -229,8 +214,9 @@ def draw(history, q, y, classes):
     curve, matrix = fig.subplots(1, 2, width_ratios=[1.2, 1])
     steps = [row["step"] for row in history]
     tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
-    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
-               color=COLOURS[0])
+    tidy(matrix, "Which classes does it confuse?", "predicted", "true (numbers: % of the row)")
+    matrix.grid(False)
+    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4, color=COLOURS[0])
     loss = curve.twinx()
     loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=COLOURS[2])
     loss.set_ylabel("training loss, nats (dashed)")
@@ -239,18 +225,14 @@ def draw(history, q, y, classes):
     counts = torch.zeros(k, k).index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
     rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     matrix.imshow(rates.numpy(), cmap="Greys", vmin=0, vmax=100)
-    matrix.set_title("Which classes does it confuse?", loc="left", fontsize=11, fontweight="bold")
     if k <= 12:
-        matrix.set_xticks(range(k), classes, rotation=45 if max(map(len, classes)) > 3 else 0,
-                          ha="right" if max(map(len, classes)) > 3 else "center")
+        long = max(map(len, classes)) > 3
+        matrix.set_xticks(range(k), classes, rotation=45 * long, ha="right" if long else "center")
         matrix.set_yticks(range(k), classes)
-        for (row, column), rate in ((divmod(i, k), r) for i, r in enumerate(rates.flatten())):
-            if rate >= 0.5:
-                matrix.text(column, row, f"{rate:.0f}", ha="center", va="center", fontsize=8,
-                            color="white" if rate > 50 else "black")
-    matrix.set(xlabel="predicted", ylabel="true (numbers: % of the row)")
+        for row, column in (rates >= 0.5).nonzero().tolist():
+            matrix.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center",
+                        fontsize=8, color="white" if rates[row, column] > 50 else "black")
     return fig
-
 
 def answer(args):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
@@ -266,20 +248,18 @@ def answer(args):
         return print(ranking(predict(model, image)[0].softmax(0), classes))
     files = sorted(f for f in args.predict.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
     common.need(files, f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")
-    quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
-    print("file,likeliest," + ",".join(quoted))
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["file", "likeliest", *classes])
     for file in files:
         image, how = read_like(file, saved["dataset"])
         print(how, file=sys.stderr)
         q = predict(model, image)[0].softmax(0)
-        name = str(file).replace('"', '""')
-        print(f'"{name}",{quoted[int(q.argmax())]},' + ",".join(f"{p:.4f}" for p in q.tolist()))
-
+        table.writerow([file, classes[int(q.argmax())], *(f"{p:.4f}" for p in q.tolist())])
 
 def command(args):
     import common
     from latent import scores
-    from vae import Progress, distribute, resume
+    from vae import distribute, training
     device, amp = common.start(args)
     if args.predict:
         return answer(args)
@@ -302,48 +282,37 @@ def command(args):
         x, q = mixup(x, q, g, args.mixup) if args.mixup else (x, q)
         return cutmix(x, q, g, args.cutmix) if args.cutmix else (x, q)
     how = dict(mix=mix if args.mixup or args.cutmix else None, share=share if hybrid else (1, 0),
-               transforms=[affine if x.shape[1] == 1 else flip_crop] * args.augment)
+               transforms=[augment] * args.augment)
     torch.manual_seed(args.seed)                          # the initial weights
-    model = CNN(x.shape[1], classes, args.width, blocks_for(x.shape[1:]))
+    model = CNN(x.shape[1], classes, args.width, max(x.shape[2:]))
     model = model.to(device, memory_format=torch.channels_last)
-    stem, last = args.out / "cnn.pt", args.out / "cnn.last.pt"
-    work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
-            "code": common.fingerprint(Path(__file__)), "amp": amp, "ranks": common.RANKS,
-            "made_from": [common.fingerprint(f) for f in made_from]}
-    state, history = resume(args, last, work)
-    progress = Progress(args.steps, "cnn", args.quiet, state["step"] if state else 0,
-                        args.out / "cnn.log.jsonl")
-    net, rank, size = distribute(model, args.batch_size)
-    generator = torch.Generator(device).manual_seed(args.seed + 10**6 * rank)
-    for row in fit(net, batches(real, size, made, **how), steps=args.steps, lr=args.lr, amp=amp,
-                   weight_decay=args.weight_decay, generator=generator, state=state):
-        if rank:
-            continue                                      # the first one reports and writes
-        state, rate = row.pop("state"), row.pop("images_per_second")
+    net, size, generator = distribute(model, args, device)
+
+    def say(row):
         q = predict(model, data.images[validation], amp).softmax(1)
         row["validation"] = scores(q, data.labels[validation])["accuracy"]
-        history.append(row)
-        progress(row["step"], f"loss {row['loss']:.3f}  validation {row['validation']:.1%}  "
-                              f"{rate:,.0f} images/s", images_per_second=rate)
-        common.write(last, {**work, "state": state, "history": history})
-    if rank:
+        return f"loss {row['loss']:.3f}  validation {row['validation']:.1%}"
+
+    work = {"amp": amp, "device": device.type, "from": [common.fingerprint(f) for f in made_from]}
+    history = training("cnn", args, data, work, lambda state: fit(
+        net, batches(real, size, made, **how), steps=args.steps, lr=args.lr, generator=generator,
+        weight_decay=args.weight_decay, amp=amp, state=state), say)
+    if not history:
         return
     q = predict(model, data.test_images, amp).softmax(1)
     metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}
     common.write(args.out / "cnn.png", draw(history, q.cpu(), data.test_labels.cpu(), data.classes))
-    common.save(stem, args, data, metrics, made_from, config=model.config,
+    common.save(args.out / "cnn.pt", args, data, metrics, made_from, config=model.config,
                 model=model.cpu().state_dict())
-    last.unlink(missing_ok=True)
-    print(f"{len(x):,} real images, {sum(share) / 2:.0%} hybrids on average; on {len(q):,} test "
-          "images:\n" + "accuracy {accuracy:.2%}  (balanced "
-          "{balanced_accuracy:.2%})  NLL {nll:.3f}  ECE {ece:.3f}".format(**metrics))
-    print(f"{args.out / 'cnn.png'}\n{stem}")
-
+    (args.out / "cnn.last.pt").unlink(missing_ok=True)
+    print(f"{len(x):,} real images, {sum(share) / 2:.0%} hybrids on average; on {len(q):,} test:")
+    print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
+          "ECE {ece:.3f}".format(**metrics))
+    print(args.out / "cnn.png", args.out / "cnn.pt", sep="\n")
 
 def main(argv=None) -> int:
     import common
     return common.guard(command, parse_args(argv))
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,4 @@
 """What the scripts share: flags, data sets and files. It knows nothing of models."""
-from __future__ import annotations
-
 import argparse
 import difflib
 import hashlib
@@ -26,16 +24,12 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
 # This process and how many there are: 0 and 1, unless torchrun started it.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
 class Mistake(Exception):
     """A user's mistake, said in one line that names the cure."""
 
-
 def need(ok, message):
-    """Raise a Mistake unless ok."""
     if not ok:
         raise Mistake(message)
-
 
 def flags(script: str, doc: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share."""
@@ -57,7 +51,6 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="results only, no progress")
     return parser
 
-
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float within [low, high]."""
     def parse(text):
@@ -67,7 +60,6 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
     parse.__name__ = kind.__name__
     return parse
-
 
 def guard(command, args) -> int:
     """Run command(args) -> 0; or say in one line what a user can mend -> 2; interrupted -> 130."""
@@ -85,14 +77,20 @@ def guard(command, args) -> int:
     print(f"{args.script}: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
-
 def start(args):
     """Make the working directory, settle threads, device and arithmetic -> device, amp."""
     args.out = args.out or Path("runs", Path(args.dataset or "glyphs").stem)
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     if not any(vars(args).get(key) for key in ("image", "point", "predict")):
-        args.lock = lock(args.out)                      # until the process ends
+        args.lock = (args.out / ".lock").open("w")      # a read-only folder is found here
+        try:                            # one run at a time; the ranks of torchrun are one
+            import fcntl
+            fcntl.flock(args.lock, (fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f"another run works in {args.out}; wait, or give another --out") from None
+        except (ImportError, OSError):  # Windows and some network drives have no such lock
+            pass
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
@@ -104,26 +102,13 @@ def start(args):
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     return device, fast if args.amp is None else args.amp
 
-
-def lock(folder: Path):
-    """One run at a time in a working directory (the ranks of torchrun are one): others are told."""
-    file = (folder / ".lock").open("w")                 # fails at once in a read-only folder
-    try:
-        import fcntl
-        fcntl.flock(file, (fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Mistake(f"another run works in {folder}; wait for it, or give another --out") from None
-    except (ImportError, OSError):                      # Windows and some network drives have none
-        pass
-    return file
-
-
 def need_memory(size, what):
     """Refuse what takes more bytes than the machine has, before the system kills somebody."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 2**60
+    if os.name != "posix":
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     need(size < there, f"{what} needs {size / 2**30:.1f} GiB of memory, and this machine has "
          f"{there / 2**30:.1f}; use fewer or smaller images")
-
 
 @dataclass
 class Dataset:
@@ -145,18 +130,22 @@ class Dataset:
                 "classes": self.classes, "images": len(self.images), "light": is_light(some),
                 "test_images": len(self.test_images), "fingerprint": seen}
 
-
 def load_dataset(args, device, upstream=None) -> Dataset:
     """The data set that --dataset names, or the one that the `upstream` file was made from."""
     known = upstream["dataset"] if upstream else {}
     args.image_size = args.dataset is None and known.get("image_size") or args.image_size
     spec = args.dataset = args.dataset or known.get("spec", "glyphs")
     args.data_dir = args.data_dir or known.get("data_dir", "data")
-    if spec == "glyphs" or spec in TORCHVISION:
-        data = glyphs() if spec == "glyphs" else torchvision_dataset(spec, args.data_dir)
-    elif spec.endswith(".npz") or Path(spec).is_dir():
-        data = npz_dataset(Path(spec)) if spec.endswith(".npz") else \
-            folder_dataset(Path(spec), args.image_size, args.out)
+    if spec == "glyphs" or spec.endswith(".npz"):
+        data = glyphs() if spec == "glyphs" else npz_dataset(Path(spec))
+    elif spec in TORCHVISION or Path(spec).is_dir():
+        try:
+            from torchvision import datasets
+        except (ImportError, RuntimeError) as error:
+            raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
+                          "pip install --upgrade --force-reinstall torch torchvision") from None
+        data = torchvision_dataset(datasets, spec, args.data_dir) if spec in TORCHVISION else \
+            folder_dataset(datasets, Path(spec), args.image_size, args.out)
     else:
         near = difflib.get_close_matches(spec, ["glyphs", *TORCHVISION], 1)
         hint = f"did you mean {near[0]}?" if near else "names: glyphs " + " ".join(TORCHVISION)
@@ -167,7 +156,6 @@ def load_dataset(args, device, upstream=None) -> Dataset:
     for key in ("images", "labels", "test_images", "test_labels"):
         setattr(data, key, getattr(data, key).to(device))
     return data
-
 
 def check(data: Dataset, side: int):
     """The one door that every data set passes: labels become 0..K-1, sides at most 64."""
@@ -189,30 +177,18 @@ def check(data: Dataset, side: int):
     if max(x.shape[2:]) > 64 or min(x.shape[2:]) < 16:
         data.images, data.test_images = (resize(v, (side, side)) for v in (x, x_test))
 
-
 def is_light(images) -> bool:
     """Whether the top and bottom rows, taken as the background, are nearer to white."""
     return images[..., [0, -1], :].float().mean().item() > 127
-
 
 def resize(images, size):
     """uint8 (N,C,H,W) -> uint8 (N,C,*size), antialiased."""
     return torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True)
                       .round().clamp(0, 255).byte() for part in images.split(1000)])
 
-
-def torchvision_datasets():
-    try:
-        from torchvision import datasets
-        return datasets
-    except (ImportError, RuntimeError) as error:
-        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
-                      "pip install --upgrade --force-reinstall torch torchvision") from None
-
-
-def torchvision_dataset(name, root) -> Dataset:
+def torchvision_dataset(datasets, name, root) -> Dataset:
     """One of torchvision.datasets, downloaded only if it is not on disk."""
-    kind = getattr(torchvision_datasets(), TORCHVISION[name])
+    kind = getattr(datasets, TORCHVISION[name])
     parts, emnist = [], name.startswith("emnist")
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
@@ -232,7 +208,6 @@ def torchvision_dataset(name, root) -> Dataset:
     classes = [c.split(" - ")[0] for c in getattr(part, "classes", [])]
     return Dataset(*parts, classes or None, name)
 
-
 def npz_dataset(path: Path) -> Dataset:
     """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
     try:
@@ -251,7 +226,6 @@ def npz_dataset(path: Path) -> Dataset:
                       "x_test=..., y_test=..., [classes=...])") from None
     return Dataset(x, y, x_test, y_test, classes, path.stem)
 
-
 def as_images(array) -> torch.Tensor:
     """An array of images -> uint8 (N,C,H,W). Floats are in [0,1], or else in [0,255]."""
     array = array[:, None] if array.ndim == 3 else array
@@ -264,13 +238,12 @@ def as_images(array) -> torch.Tensor:
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(array))
 
-
-def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
+def folder_dataset(datasets, root: Path, side: int, cache: Path) -> Dataset:
     """root/train/<class>/* and root/test/<class>/*, or only <class>/*, a fifth of it for test."""
-    image_folder = torchvision_datasets().ImageFolder
     folders = [f for f in (root / "train", root / "test") if f.is_dir()]
     try:
-        parts = [image_folder(str(folder), is_valid_file=lambda f: f.lower().endswith(IMAGE_FILES))
+        wanted = lambda file: file.lower().endswith(IMAGE_FILES)
+        parts = [datasets.ImageFolder(str(folder), is_valid_file=wanted)
                  for folder in (folders if root / "train" in folders else [root])]
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
@@ -296,7 +269,6 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     first, last = (rows[:size], rows[size:]) if len(parts) == 2 else cut(labels, rows, 0.2)
     return Dataset(images[first], labels[first], images[last], labels[last], classes, root.name)
 
-
 def read_image(path, side, grey=False):
     """The middle square of a picture, uint8 (C,side,side), upright, on white. Side None: grey?"""
     from PIL import Image, ImageOps
@@ -318,11 +290,9 @@ def read_image(path, side, grey=False):
         raise Mistake(f"{path} cannot be read as an image ({error}); mend or remove it") from None
     return np.asarray(picture)[None] if grey else np.asarray(picture).transpose(2, 0, 1)
 
-
 def shuffled_classes(labels, rows, seed) -> list:
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     return [rows[labels[rows] == c] for c in labels[rows].unique()]
-
 
 def cut(labels, rows, fraction):
     """Cut a fraction off every class, always the same one -> rows kept, rows cut; both sorted."""
@@ -331,7 +301,6 @@ def cut(labels, rows, fraction):
     away = torch.cat([p[:size] for p, size in zip(parts, sizes)])
     return torch.cat([p[size:] for p, size in zip(parts, sizes)]).sort()[0], away.sort()[0]
 
-
 def split(data: Dataset):
     """-> pool, validation: a tenth of the training images is cut first and never trained on."""
     rows, aside = torch.arange(len(data.labels)), data.validation
@@ -339,7 +308,6 @@ def split(data: Dataset):
         cut(data.labels.cpu(), rows, 0.1)
     need(len(aside), f"{data.name}: nothing is left for validation; two images a class are needed")
     return pool, aside
-
 
 def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     """n rows of the pool: equal counts a class to within one; a smaller n is inside a larger one.
@@ -354,7 +322,6 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     turn = torch.cat([torch.arange(len(part)) for part in parts])       # a class in turn
     return torch.cat(parts)[turn.argsort(stable=True)][:n]
 
-
 def write(path: Path, content):
     """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
     temporary, whole = path.with_name(path.name + ".tmp"), io.BytesIO()
@@ -368,15 +335,12 @@ def write(path: Path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def fingerprint(it: Path | bytes) -> str:
     return hashlib.sha256(it if isinstance(it, bytes) else it.read_bytes()).hexdigest()[:16]
-
 
 def settings(args) -> dict:
     other = "out script resume quiet export image point predict jobs gather lock".split()
     return {key: value for key, value in sorted(vars(args).items()) if key not in other}
-
 
 def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content):
     """Write path (its stem is its kind) and, before it, its facts as .json beside it."""
@@ -386,14 +350,12 @@ def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content
     write(path.with_suffix(".json"), facts)
     write(path, {**facts, **content})
 
-
 def read(path: Path, device="cpu") -> dict:
-    """A .pt file of plain tensors; raises if a bit of it has changed, which torch does not check."""
+    """A .pt file of plain tensors; raises where a bit has changed, which torch does not check."""
     with zipfile.ZipFile(path) as file:
         if file.testzip():
             raise ValueError(f"{path} is damaged")
     return torch.load(path, map_location=device, weights_only=True)
-
 
 def load(args, kind: str, device="cpu") -> dict:
     """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the cure."""
@@ -413,7 +375,6 @@ def load(args, kind: str, device="cpu") -> dict:
              f"{path} was made from another {stem}.pt; {again}")
     return saved
 
-
 def cure(args, name: str) -> str:
     """The whole command that makes OUT/name."""
     spec = args.dataset or (args.out.name if args.out.name in TORCHVISION else "glyphs")
@@ -422,14 +383,12 @@ def cure(args, name: str) -> str:
     words += [f"OUT={args.out}"] * (args.out != Path("runs", Path(spec).stem))
     return shlex.join(["make", *words, str(args.out / name)])
 
-
 # Type families of matplotlib's fonts: validation and test digits are in designs never trained on.
 FONTS = {"train": (9000, [f"DejaVu{face}{style}" for face, slant in (
              ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
              for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]),
          "validation": (1000, [f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")]),
          "test": (2000, ["cmr10", "cmb10", "cmss10", "cmtt10"])}
-
 
 def glyphs(seed=0, side=28) -> Dataset:
     """The embedded digits: 10,000 for training, 2,000 for test, the same from the same seed."""
@@ -442,7 +401,6 @@ def glyphs(seed=0, side=28) -> Dataset:
     x, y = torch.cat(images), torch.arange(12_000) % 10
     return Dataset(x[:10_000], y[:10_000], x[10_000:], y[10_000:], list("0123456789"), "glyphs",
                    torch.arange(9000, 10_000))
-
 
 def distance_field(name, digit, side):
     """(2 side, 2 side) distances to a font's digit's outline in image pixels, positive inside."""
@@ -467,7 +425,6 @@ def distance_field(name, digit, side):
     # Seen from inside, the outline turns a full circle; a hole turns back and cancels it.
     turns = ((b - p) / (a - p)).angle().sum(1).abs()
     return torch.where(turns > torch.pi, distance, -distance).view(2 * side, 2 * side)
-
 
 def draw(fields, side, g):
     """Distance fields (n, ., .) -> uint8 images (n,1,side,side), each bent in its own way."""

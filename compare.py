@@ -9,8 +9,6 @@ VAE sees no other images. The last step's score counts; none is picked.
 Reads:  a data set (the one of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
 Writes: compare.json compare.csv compare.png, summary.png, and cells/, from which a grid goes on.
 """
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -40,7 +38,6 @@ class Arm(NamedTuple):
     mix: str = ""                       # mixup or cutmix
     augment: bool = False
 
-
 ARMS = {
     "real": Arm(),
     "augment": Arm(augment=True),
@@ -64,7 +61,6 @@ BATCH, POOL = 64, 20_000                                # POOL: hybrids made for
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 VIEWS = 9                                               # of each image, for augment+hybrid's VAE
 
-
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
     torch.manual_seed(seed)
@@ -75,20 +71,18 @@ def train_vae(images, seed, recipe):
         pass
     return model.eval()
 
-
 def generator(images, seed):
+    """A generator on the device of the images."""
     return torch.Generator(images.device).manual_seed(seed)
-
 
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
 
-    def __init__(self, images, y, classes, seed, recipe, augment=None, model=None):
+    def __init__(self, images, y, classes, seed, recipe, views=0, model=None):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
-        g = generator(images, seed)
-        views = [augment(images.float() / 255, None, g)[0] for _ in range(VIEWS)] if augment else []
-        self.images = torch.cat([images, *((v * 255).round().byte() for v in views)])
-        self.y = y.repeat(1 + len(views))
+        g, x = generator(images, seed), images.float() / 255
+        seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
+        self.images, self.y = torch.cat([images, *seen]), y.repeat(1 + views)
         model = model or train_vae(self.images, seed, recipe)
         self.encode = lambda x: vae.encode_all(model, x, amp)
         self.decode = lambda z: vae.decode_all(model, z, amp)
@@ -105,26 +99,19 @@ class Source:
         x = hybrids.render(points, decode, self.mu, self.images, residual)
         return (x * 255).round().byte(), hybrids.label(rule, points, self.y, self.posterior, g)
 
-
-def augmentation(images):
-    """What `augment` does to grey images, or to colour ones."""
-    return cnn.affine if images.shape[1] == 1 else cnn.flip_crop
-
-
 def train_cnn(arm, images, y, classes, source, seed, recipe):
-    """The CNN of one arm on n real images, and on hybrids of source(augment)."""
-    real, augment = (images, F.one_hot(y, classes).float()), [augmentation(images)] * arm.augment
+    """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
+    real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
     made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
     mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
-    model = cnn.CNN(images.shape[1], classes, recipe["width"], cnn.blocks_for(images.shape[1:]))
+    model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device, memory_format=torch.channels_last)
     for _ in cnn.fit(model, cnn.batches(real, BATCH, made, mix, arm.share, augment),
                      steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,
                      amp=recipe["amp"], generator=generator(images, seed)):
         pass
     return model
-
 
 def judge(logits_of, images, y, held, held_y) -> dict:
     """Scores on images, plain and after one temperature fitted on held-out images."""
@@ -137,26 +124,21 @@ def judge(logits_of, images, y, held, held_y) -> dict:
             **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
                for name, harder in cnn.corrupt(images[few]).items()}}
 
-
-def cell_file(folder, n, seed, arm, recipe):
+def cell(folder, n, seed, arm, recipe):
+    """-> the file of a cell, its row; None where that is absent, or a bit of it has changed."""
     mark = common.fingerprint(json.dumps([ARMS[arm], recipe], sort_keys=True).encode())
-    return folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
-
-
-def read_cell(file):
-    """The row of a cell; None where it is absent or a bit of it has changed."""
+    file = folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
     try:
-        row, mark = json.loads(file.read_text())
-        return row if mark == common.fingerprint(json.dumps(row).encode()) else None
+        row, check = json.loads(file.read_text())
+        return file, row if check == common.fingerprint(json.dumps(row).encode()) else None
     except (OSError, ValueError, TypeError):
-        return None
-
+        return file, None
 
 def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
     """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
     (n, seed), recipe = unit, recipes[unit[0]]
-    files = {arm: cell_file(folder, n, seed, arm, recipe) for arm in arms}
-    todo = [arm for arm in arms if read_cell(files[arm]) is None]
+    cells = {arm: cell(folder, n, seed, arm, recipe) for arm in arms}
+    todo = {arm: file for arm, (file, row) in cells.items() if not row}
     device, classes = data.images.device, len(data.classes)
     try:
         pool, validation = common.split(data)
@@ -165,9 +147,9 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
         x, y = data.images[rows], data.labels[rows]
         images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
             (data.images[validation.to(device)], data.labels[validation.to(device)])
-        source = functools.cache(lambda augment: Source(
-            x, y, classes, seed, recipe, augmentation(x) if augment else None, shared_vae))
-        for arm in todo:
+        source = functools.cache(lambda views: Source(
+            x, y, classes, seed, recipe, VIEWS * views, shared_vae))
+        for arm, file in todo.items():
             if ARMS[arm].strategy == "posterior":
                 made = source(False)
                 logits_of = lambda v: made.posterior(*made.encode(v)).clamp(min=1e-9).log()
@@ -176,11 +158,10 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
             scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
             row = {"n": n, "seed": seed, "arm": arm, **scored}
-            common.write(files[arm], [row, common.fingerprint(json.dumps(row).encode())])
+            common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
         return unit, str(error).splitlines()[0]         # the grid goes on
     return unit, None
-
 
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
@@ -204,20 +185,17 @@ def run_grid(units, work, jobs, threads, progress):
             process.terminate()
     return failed
 
-
 def t_quantile(df: int, p=0.975) -> float:
     """Of Student's t: with t = sqrt(df) tan(a), the density of a is cos(a)^(df-1)."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
     mass = np.cumsum(np.maximum(np.cos(angle), 0) ** (df - 1))
     return math.sqrt(df) * math.tan(np.interp(p * mass[-1], mass, angle))
 
-
 def interval(values):
     """Mean and half-width of its 95% t interval; None for the width of a single value."""
     mean, count = float(np.mean(values)), len(values)
     return mean, float(t_quantile(count - 1) * np.std(values, ddof=1) / math.sqrt(count)) \
         if count > 1 else None
-
 
 def sign_flip_p(differences):
     """Two-sided exact p of a mean difference: all 2^S signs; None below 6 pairs or above 16."""
@@ -226,14 +204,12 @@ def sign_flip_p(differences):
     sums = np.array(list(itertools.product((-1, 1), repeat=len(differences)))) @ differences
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
 
-
 def holm(ps):
     """Holm's step-down correction of p values, in their own order."""
     worst, out = 0.0, [0.0] * len(ps)
     for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
     return out
-
 
 def summarise(rows, pool=math.inf, base="real"):
     """One entry a size and arm: mean, interval, and the paired difference to `base`, in points.
@@ -260,22 +236,18 @@ def summarise(rows, pool=math.inf, base="real"):
         entry["p_holm"] = p
     return table
 
-
 def verdict(gain, half) -> str:
     sure = half is not None and abs(gain) > half
     return f"{'better' if gain > 0 else 'worse'} than real" if sure else "inconclusive"
 
-
 def pm(mean, half, sign=""):
     return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
-
 
 def answers(table):
     """Did hybrids help, by how much, how sure: a sentence a size."""
     return [f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
             f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}"
             for e in table if e["arm"] == "real+hybrid" and "gain" in e]
-
 
 def parse_args(argv=None):
     parser = common.flags("compare.py", __doc__)
@@ -293,11 +265,10 @@ def parse_args(argv=None):
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
     add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
-    add("--jobs", type=common.number(int, 1), help="processes, of one thread each; without it one a "
-        "core, and one on a GPU or a rank")
+    add("--jobs", type=common.number(int, 1), help="processes of one thread each; without it one "
+        "a core, and one on a GPU or a rank")
     add("--gather", action="store_true", help="train nothing: make the result of finished cells")
     return parser.parse_args(argv)
-
 
 def curves(left, right, table, rows, facts, args):
     """Accuracy versus n, and the paired gain over `real`, on two axes."""
@@ -333,7 +304,6 @@ def curves(left, right, table, rows, facts, args):
     notes += ["the VAE saw all images"] * (args.vae_data == "all")
     left.figure.supxlabel("; ".join(notes), fontsize=8, color="0.35")
 
-
 def summary(table, rows, facts, args):
     """The run on one sheet: the map, the hybrids, the curves; None where the chain has not run."""
     try:
@@ -353,16 +323,15 @@ def summary(table, rows, facts, args):
                    fontweight="bold")
     return sheet
 
-
 def report(table):
     """The closing table, and the answer in words."""
     print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
     for e in table:
-        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}{e['nll']:8.3f}"
-              f"{e['ece']:7.3f}" + (f"{pm(e['gain'], e['gain_half'], '+'):>16}  "
-                                    f"{verdict(e['gain'], e['gain_half'])}" if "gain" in e else ""))
+        gain = (e["gain"], e["gain_half"]) if "gain" in e else None
+        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}"
+              f"{e['nll']:8.3f}{e['ece']:7.3f}"
+              + (f"{pm(*gain, '+'):>16}  {verdict(*gain)}" if gain else ""))
     print(*answers(table), sep="\n")
-
 
 def command(args):
     cores = torch.get_num_threads()                     # OMP_NUM_THREADS, or those there are
@@ -372,8 +341,8 @@ def command(args):
     pool, _ = common.split(data)
     sizes = sorted({n for n in args.sizes if n <= len(pool)})
     common.need(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to train on")
-    print(f"sizes above the {len(pool)} images there are left out\n" * (max(args.sizes) > len(pool)),
-          end="", file=sys.stderr)
+    if max(args.sizes) > len(pool):
+        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
     facts = data.facts(args)
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
         key: vars(args)[key] for key in
@@ -385,7 +354,7 @@ def command(args):
         (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
 
     def found(n, seed):
-        rows = (read_cell(cell_file(folder, n, seed, arm, recipes[n])) for arm in arms)
+        rows = (cell(folder, n, seed, arm, recipes[n])[1] for arm in arms)
         return [row for row in rows if row]
 
     # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
@@ -423,10 +392,8 @@ def command(args):
     print(*(args.out / name for name in [*pictures, "compare.csv", "compare.json"]), sep="\n")
     common.need(not failed, f"{len(failed)} subsets are missing; run it again")
 
-
 def main(argv=None) -> int:
     return common.guard(command, parse_args(argv))
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

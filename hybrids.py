@@ -7,9 +7,9 @@
 Reads:  vae.pt latent.pt and their data set.
 Writes: hybrids.pt hybrids.json hybrids.png.
 """
-from __future__ import annotations
-
 import argparse
+import csv
+import io
 import math
 import re
 from pathlib import Path
@@ -23,14 +23,12 @@ import torch.nn.functional as F
 STRATEGIES = ("between", "boundary", "same", "around", "prior")
 LABELS = ("product", "density", "weight", "argmax", "sampled")
 
-
 class Points(NamedTuple):
     """M latent points; those made of codes are z = t mu_i + (1-t) mu_j + noise."""
     z: torch.Tensor                     # (M,D)
     i: torch.Tensor | None = None       # (M,) rows of the codes; None for points from the prior
     j: torch.Tensor | None = None
     t: torch.Tensor | None = None       # (M,) in [0,1]
-
 
 def sample(strategy, count, mu, logvar, y, posterior, generator, jitter=0.5) -> Points:
     """Draw `count` points from codes mu, logvar (N,D) with labels y (N,).
@@ -67,7 +65,6 @@ def sample(strategy, count, mu, logvar, y, posterior, generator, jitter=0.5) -> 
     width = (mu - centre).square().mean(0).sqrt() * (len(y) / classes) ** (-1 / (mu.shape[1] + 4))
     return Points(torch.lerp(mu[j], mu[i], t[:, None]) + jitter * width * noise, i, j, t)
 
-
 def partners(y, i, same, generator):
     """For each row i a random row j of the same class, or of another one (of any, if K = 1)."""
     order, counts = y.argsort(stable=True), y.bincount()
@@ -78,7 +75,6 @@ def partners(y, i, same, generator):
         return order[first[y[i]] + (draw * size).long().clamp(max=size - 1)]
     skip = first[y[i]] + size + (draw * others).long().clamp(max=others - 1)
     return order[skip % len(y)]                         # the block of class y_i is stepped over
-
 
 def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     """Class probabilities q (M,K) of points, by the named rule.
@@ -109,7 +105,6 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
         return F.one_hot(drawn, q.shape[1]).float()
     return q
 
-
 def render(points, decode, mu, images, residual=True, batch=1000):
     """Images x (M,C,H,W) in [0,1] of points: decode(z), plus what the decoder lost of its sources.
 
@@ -125,7 +120,6 @@ def render(points, decode, mu, images, residual=True, batch=1000):
         w = t[:, None, None, None]
         out.append((decode(z) + w * lost[i] + (1 - w) * lost[j]).clamp(0, 1))
     return torch.cat(out)
-
 
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
@@ -148,11 +142,9 @@ class HybridMixer:
         made = self.decode(points.z) + w * lost + (1 - w) * lost[j]
         return made.clamp(0, 1), label(self.rule, points, y, self.posterior, self.generator)
 
-
 def entropy(q):
     """Of each row of q (M,K), in nats: 0 for one class, log K for all alike."""
     return torch.special.entr(q).sum(1)
-
 
 # ---- command ---------------------------------------------------------------------------------
 
@@ -173,21 +165,8 @@ def parse_args(argv=None):
         parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
     return args
 
-
-def caption(axes, q, classes, words, colours):
-    """The percentages of an image as words, and as a bar below it."""
-    left = 0.0
-    for c in q.argsort(descending=True)[:4].tolist():
-        axes.barh(-0.09, float(q[c]), 0.07, left, transform=axes.transAxes, clip_on=False,
-                  color=colours[c % len(colours)], edgecolor="white", linewidth=0.5)
-        left += float(q[c])
-    text = words(q, classes)
-    text = text.replace(" + ", " +\n") if len(text) > 22 else text
-    axes.set_xlabel(text, fontsize=7, labelpad=13)
-
-
 def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids look like?"):
-    """The first images, with their percentages below, on a figure of their own."""
+    """The first images on a figure, their percentages below as a bar and as words."""
     from latent import words
     from vae import COLOURS, picture
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -195,9 +174,13 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
     if rows > 1:                        # a walk keeps its order
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
-        picture(axes, image[None])
-        caption(axes, row, classes, words, COLOURS)
-
+        text, left = words(row, classes), 0.0
+        picture(axes, image[None], 1, text.replace(" + ", " +\n") if len(text) > 22 else text)
+        axes.xaxis.labelpad = 13
+        for c in row.argsort(descending=True)[:4].tolist():
+            axes.barh(-0.09, float(row[c]), 0.07, left, transform=axes.transAxes, clip_on=False,
+                      color=COLOURS[c % 10], edgecolor="white", linewidth=0.5)
+            left += float(row[c])
 
 def draw(x, q, strip, strip_q, classes):
     """A walk from one class to another, a gallery sorted the same way, the entropies."""
@@ -213,20 +196,19 @@ def draw(x, q, strip, strip_q, classes):
     tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
     return fig
 
-
 def export(folder, x, q, classes):
     """PNG files in the folder of their likeliest class, and labels.csv with the percentages."""
     from PIL import Image
-    lines = ["file," + ",".join('"' + c.replace('"', '""') + '"' for c in classes)]
+    table = csv.writer(text := io.StringIO(), lineterminator="\n")
+    table.writerow(["file", *classes])
     folders = [f"{k:03}-" + re.sub(r"[^\w-]", "_", c) for k, c in enumerate(classes)]
     for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
         name = f"{folders[int(row.argmax())]}/{k:06}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         array = image.permute(1, 2, 0).numpy()
         Image.fromarray(array[..., 0] if len(image) == 1 else array).save(folder / name)
-        lines.append(f'"{name}",' + ",".join(f"{p:.5f}" for p in row.tolist()))
-    return "\n".join(lines) + "\n"
-
+        table.writerow([name, *(f"{p:.5f}" for p in row.tolist())])
+    return text.getvalue()
 
 def command(args):
     import common
@@ -272,11 +254,9 @@ def command(args):
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
     print(f"{args.out / 'hybrids.png'}\n{stem}")
 
-
 def main(argv=None) -> int:
     import common
     return common.guard(command, parse_args(argv))
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

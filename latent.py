@@ -7,8 +7,6 @@
 Reads:  vae.pt and its data set.
 Writes: latent.pt latent.json latent.png.
 """
-from __future__ import annotations
-
 import math
 
 import torch
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 
 # Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,); q (M,K).
 LOG_2PI = math.log(2 * math.pi)
-
 
 class Posterior:
     """q(c|z) ~ pi_c (p(z|c) + b)^(1/T): Bayes' rule with a floor b and a temperature T.
@@ -40,17 +37,12 @@ class Posterior:
         """log(p(z|c) + b) (M,K)."""
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
-    def state(self) -> dict:
-        """What the constructor takes: tensors and plain numbers."""
-        return dict(vars(self))
-
     def set_floor(self, log_density, quantile=0.01):
         """b = a low quantile of the codes' leave-one-out density, one for all classes -> self."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
         finite = marginal[marginal.isfinite()]
         self.log_floor = float(finite.quantile(quantile)) if len(finite) else -math.inf
         return self
-
 
 class Aggregate(Posterior):
     """p(z|c) = mean over codes i of class c of N(z; mu_i, diag(sigma_i^2 + h_c^2)).
@@ -102,7 +94,6 @@ class Aggregate(Posterior):
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
         return self.log_density(self.mu[own], own=own), y.to(own.device)[own]
 
-
 class Gaussian(Posterior):
     """p(z|c) = N(z; m_c, S_c), covariances shrunk towards the pooled one (Friedman 1989)."""
 
@@ -136,7 +127,6 @@ class Gaussian(Posterior):
             parts.append(normal.log_prob(point[:, None]))
         return torch.cat(parts)
 
-
 def teach(mu, logvar, y, classes, bandwidth=1.0):
     """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
 
@@ -150,12 +140,10 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
     posterior.temperature = 1 + 3 * (1 - skill) / skill
     return posterior
 
-
 def class_means(mu, y, classes):
     """(K,D); zeros for a class without codes."""
     one_hot = F.one_hot(y, classes).to(mu)
     return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
-
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
@@ -163,7 +151,6 @@ def log_normal(z, mu, variance):
     z, mu, precision = z - centre, mu - centre, 1 / variance
     square = (z * z) @ precision.T - 2 * z @ (mu * precision).T + (mu * mu * precision).sum(1)
     return -0.5 * (square.clamp_(min=0) + variance.log().sum(1) + z.shape[1] * LOG_2PI)
-
 
 def log_normal_images(z, own, mu, variance):
     """log N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over image m's own posterior.
@@ -181,14 +168,12 @@ def log_normal_images(z, own, mu, variance):
             product.fill_(1)
     return total.mul_(-0.5)
 
-
 def best_temperature(posterior, log_density, y):
     """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
     def nll(t):
         log_q = (posterior.prior.log() + posterior.floored(log_density) / t).log_softmax(1)
         return F.nll_loss(log_q.clamp(min=-30), y).item()
     return min((nll(t), t) for t in torch.logspace(-2, 6, 65, base=2).tolist())[::-1]
-
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
     """fit(choice), choice: of smallest NLL on held-out codes mu, logvar (V,D), y (V,), as is T."""
@@ -201,11 +186,9 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
     posterior.temperature, _ = best_temperature(posterior, posterior.log_density(mu, logvar), y)
     return posterior, min(tried)[1]
 
-
 def spread(n, most):
     """At most `most` of the rows 0..n-1, at random but always the same ones, in order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort()[0]
-
 
 def scores(q, y, bins=15) -> dict:
     """Accuracy, balanced accuracy, NLL (nats), Brier score and ECE of q (N,K) for labels y (N,)."""
@@ -217,7 +200,6 @@ def scores(q, y, bins=15) -> dict:
             "nll": -likely.clamp(min=1e-12).log().mean().item(), "brier": brier.item(),
             "ece": ece(q.amax(1), right, bins)}
 
-
 def ece(confidence, right, bins=15) -> float:
     """Mean gap of confidence and accuracy over bins of equal mass (Guo et al. 2017)."""
     level, row = confidence.unique(return_inverse=True)     # ties share their mean gap: no order
@@ -226,14 +208,12 @@ def ece(confidence, right, bins=15) -> float:
     gap = mean[row.sort()[0]]
     return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(gap)
 
-
 def ece_interval(q, y, draws=200, seed=0):
     """95% bootstrap interval of the ECE."""
     confidence, right = q.amax(1).cpu(), (q.argmax(1) == y).float().cpu()
     picks = torch.randint(len(y), (draws, len(y)), generator=torch.Generator().manual_seed(seed))
     values = torch.tensor([ece(confidence[p], right[p]) for p in picks])
     return values.quantile(torch.tensor([0.025, 0.975])).tolist()
-
 
 def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
     """A row a bin of the (image, class) pairs with low < q < high, if it has `least` pairs."""
@@ -245,19 +225,16 @@ def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
              "pairs": int((index == b).sum())}
             for b in range(bins) if int((index == b).sum()) >= least]
 
-
 def words(q, classes, most=2) -> str:
     """Probabilities (K,) as "20% cat + 80% dog": the likeliest classes, the likeliest last."""
     q = [float(p) for p in q]
     top = sorted(range(len(q)), key=q.__getitem__)[-most:]
     return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in top if q[c] >= 0.005)
 
-
 def ranking(q, classes) -> str:
     """All percentages, a line a class, the likeliest first."""
     order = q.argsort(descending=True)
     return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in order)
-
 
 # ---- command ---------------------------------------------------------------------------------
 
@@ -266,12 +243,9 @@ def parse_args(argv=None):
     parser = common.flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
     add("--codes", type=common.number(int, 2), default=20_000, help="of the density, at most")
-    add("--estimator", choices=["aggregate", "gaussian"], default="aggregate",
-        help="to answer from")
     add("--image", metavar="FILE", help="print the percentages of this picture")
     add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point")
     return parser.parse_args(argv)
-
 
 def draw_map(axes, mu, y, classes, posterior, generator):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages."""
@@ -310,7 +284,6 @@ def draw_map(axes, mu, y, classes, posterior, generator):
     tidy(axes, "Where do the classes live?", "first main direction of the class means",
                 "second main direction")
 
-
 def draw_reliability(axes, metrics):
     from vae import COLOURS, tidy
     axes.plot([0, 1], [0, 1], color="black", lw=0.8)
@@ -324,12 +297,11 @@ def draw_reliability(axes, metrics):
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     tidy(axes, "Do 30% mean 30%?", "stated percentage", "observed frequency on test images")
 
-
 def answer(args):
     import common
     from vae import encode_all, load_vae, read_like
-    saved, kinds = common.load(args, "latent"), {"aggregate": Aggregate, "gaussian": Gaussian}
-    posterior = kinds[args.estimator](**saved["calibrated"][args.estimator])
+    saved = common.load(args, "latent")
+    posterior = Aggregate(**saved["calibrated"]["aggregate"])
     if args.point:
         dim = saved["mu"].shape[1]
         try:
@@ -344,7 +316,6 @@ def answer(args):
         print(how)
         q = posterior(*encode_all(load_vae(args)[0], image))[0]
     print(ranking(q, saved["dataset"]["classes"]))
-
 
 def command(args):
     import common
@@ -373,7 +344,7 @@ def command(args):
         posterior, choice = calibrate(fit, choices, *held_codes, data.labels[held])
         metrics[name] = {**judged(posterior(*test_codes)), "choice": choice,
                          "temperature": posterior.temperature}
-        calibrated[name] = posterior.state()
+        calibrated[name] = vars(posterior)
     fig, shown = figure(14, 6.6), Aggregate(**calibrated["aggregate"])
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_map(left, codes[0].cpu(), y.cpu(), data.classes, lambda z: shown(z.to(device)).cpu(),
@@ -382,7 +353,7 @@ def command(args):
     common.write(args.out / "latent.png", fig)
     common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0],
                 logvar=codes[1], labels=y, calibrated=calibrated,
-                teaching=teach(*part, classes).state())
+                teaching=vars(teach(*part, classes)))
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
     print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():
@@ -390,11 +361,9 @@ def command(args):
               "{:.3f} to {:.3f}".format(*m["ece_interval"]))
     print(args.out / "latent.png", args.out / "latent.pt", sep="\n")
 
-
 def main(argv=None) -> int:
     import common
     return common.guard(command, parse_args(argv))
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

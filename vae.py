@@ -7,8 +7,6 @@
 Reads:  a data set.
 Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it works.
 """
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -20,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 # Letters: B batch, C×H×W image, D latent size.  x in [0,1]; mu, logvar, z (B,D).
-
 
 class VAE(nn.Module):
     """q(z|x) = N(mu, diag(exp(logvar))), p(x|z) = Bernoulli(sigmoid(decode(z))), p(z) = N(0, I).
@@ -65,13 +62,11 @@ class VAE(nn.Module):
         noise = torch.randn(mu.shape, device=mu.device, generator=generator)
         return self.logits(mu + noise * (logvar / 2).exp()), mu, logvar
 
-
 def elbo_terms(logits, x, mu, logvar):
     """Reconstruction (Bernoulli) and KL(q(z|x) || N(0, I)), both in nats an image, mean over B."""
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum() / len(x)
     return reconstruction, kl
-
 
 def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, generator=None,
         state=None):
@@ -113,7 +108,6 @@ def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, ge
                          "optimiser": optimiser.state_dict(), "generator": generator.get_state()}}
         first = end
 
-
 def batches(images, size):
     """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from uint8 images (N,C,H,W)."""
     def next_batch(generator):
@@ -121,11 +115,9 @@ def batches(images, size):
         return images[rows].float() / 255
     return next_batch
 
-
 def as_input(images):
     """uint8 (B,C,H,W) -> float in [0,1], channels last."""
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
-
 
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
@@ -134,13 +126,11 @@ def encode_all(model, images, amp=False, batch=1000):
         parts = [model.encode(as_input(chunk)) for chunk in images.split(batch)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
-
 @torch.no_grad()
 def decode_all(model, z, amp=False, batch=1000):
     """Images in [0,1], float32 (N,C,H,W), of points z (N,D)."""
     with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
         return torch.cat([model.decode(chunk) for chunk in z.split(batch)])
-
 
 @torch.no_grad()
 def evaluate(model, images, *, generator, amp=False, batch=1000):
@@ -153,7 +143,6 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
         sums += torch.stack(elbo_terms(logits, x, mu, logvar)) * len(x)
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
-
 
 # ---- what the scripts after this one use as well ---------------------------------------------
 
@@ -178,34 +167,49 @@ class Progress:
             with self.log.open("a") as file:
                 file.write(json.dumps({"step": done, **row}) + "\n")
 
-
 def clock(seconds: float) -> str:
     """Seconds in human units: 8 s, 3:05 min, 2:10 h."""
     minutes, s = divmod(round(seconds), 60)
     return f"{s} s" if not minutes else f"{minutes}:{s:02} min" if minutes < 60 else \
         f"{minutes // 60}:{minutes % 60:02} h"
 
+def training(name, args, data, work, rows_from, say):
+    """rows_from(state): the rows of a `fit`, resumed, reported and kept -> their history.
 
-def resume(args, last: Path, work: dict):
-    """-> state, history of unfinished work; None, [] where there is none of the same settings."""
+    say(row) adds the validation score to a row and puts it into words. Work of other settings
+    than `work`, unfinished or damaged, is as good as none. None on the ranks that only help.
+    """
     import common
+    last, state, history = args.out / f"{name}.last.pt", None, []
+    code = Path(__file__).with_name(f"{name}.py")
+    work = {**work, "settings": common.settings(args), "dataset": data.facts(args),
+            "ranks": common.RANKS, "code": common.fingerprint(code)}
     try:
-        saved = common.read(last) if args.resume and work["ranks"] == 1 else {}
-        same = all(saved[key] == value for key, value in work.items())
-        return (saved["state"], saved["history"]) if same else (None, [])
-    except Exception:                   # absent, or damaged, which is as good as absent
-        return None, []
+        saved = common.read(last) if args.resume and common.RANKS == 1 else {}
+        if all(saved[key] == value for key, value in work.items()):
+            state, history = saved["state"], saved["history"]
+    except Exception:                   # zip, pickle and torch each have their own errors
+        pass
+    progress = Progress(args.steps, name, args.quiet, state["step"] if state else 0,
+                        args.out / f"{name}.log.jsonl")
+    for row in rows_from(state):
+        if common.RANK:
+            continue                    # the first one reports and writes
+        state, rate = row.pop("state"), row.pop("images_per_second")
+        progress(row["step"], f"{say(row)}  {rate:,.0f} images/s", images_per_second=rate)
+        history.append(row)
+        common.write(last, {**work, "state": state, "history": history})
+    return history
 
-
-def distribute(model, batch_size):
-    """Over the ranks of torchrun -> model that averages gradients, rank, its batch size."""
+def distribute(model, args, device):
+    """Over torchrun's ranks -> a model that averages gradients, this one's batch size, generator."""
     from common import RANK, RANKS, need
-    need(batch_size % RANKS == 0, f"--batch-size {batch_size} is no multiple of {RANKS} ranks")
+    need(args.batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
     if RANKS > 1:
         torch.distributed.init_process_group()
         model = nn.parallel.DistributedDataParallel(model)
-    return model, RANK, batch_size // RANKS
-
+    generator = torch.Generator(device).manual_seed(args.seed + 10**6 * RANK)
+    return model, args.batch_size // RANKS, generator
 
 def load_vae(args, device="cpu"):
     """-> the model of OUT/vae.pt, ready to encode and decode, and all that the file holds."""
@@ -215,18 +219,15 @@ def load_vae(args, device="cpu"):
     model.load_state_dict(saved["model"])
     return model.eval(), saved
 
-
 # Petroff (2021): colours that colour-blind people tell apart, in order of use.
 COLOURS = ["#" + colour for colour in
            "3f90da ffa90e bd1f01 94a4a2 832db6 a96b59 e76300 b9ac70 717581 92dadd".split()]
 MARKERS = "osD^vP*Xhd"
 
-
 def figure(width=10.0, height=5.0):
     """A matplotlib Figure on its own: no pyplot, no global state, no display."""
     from matplotlib.figure import Figure
     return Figure((width, height), layout="constrained", dpi=130)
-
 
 def tidy(axes, title, x=None, y=None):
     """One look for all axes: title at the left, no box, a light grid."""
@@ -234,7 +235,6 @@ def tidy(axes, title, x=None, y=None):
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
-
 
 def picture(axes, images, columns=1, caption=""):
     """Images (N,C,H,W), uint8 or in [0,1], side by side with a white pixel between."""
@@ -247,9 +247,8 @@ def picture(axes, images, columns=1, caption=""):
     sheet = sheet.reshape(rows * (h + 1), columns * (w + 1), c)[:-1, :-1].clamp(0, 1)
     axes.imshow(sheet.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(caption, fontsize=8, labelpad=3)
+    axes.set_xlabel(caption, fontsize=7.5, labelpad=3)
     axes.spines[:].set_visible(False)
-
 
 def read_like(path, facts):
     """A picture at a data set's side, channels and polarity -> uint8 (1,C,H,W), what was done."""
@@ -260,7 +259,6 @@ def read_like(path, facts):
     flip = channels == 1 and is_light(array) != facts["light"]           # ink on paper, or chalk
     return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
         f"{height}x{width}" + ", inverted to the data set's background" * flip
-
 
 # ---- command ---------------------------------------------------------------------------------
 
@@ -278,7 +276,6 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from vae.last.pt, if there is one that fits")
     return parser.parse_args(argv)
 
-
 def draw(history, model, data, amp, generator):
     """The curve, reconstructions of test images, samples from the prior."""
     fig = figure(13, 4.2)
@@ -293,13 +290,12 @@ def draw(history, model, data, amp, generator):
     x = data.test_images[torch.linspace(0, len(data.test_images) - 1, 32).long()]
     made = decode_all(model, encode_all(model, x, amp)[0], amp)
     pairs = torch.stack([v.unflatten(0, (4, 8)) for v in (x / 255, made)], 1).flatten(0, 2)
+    tidy(recon, "What does the code keep?")
     picture(recon, pairs, 8, "rows in turn: a test image, its reconstruction")
+    tidy(prior, "What does it imagine?")
     z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
     picture(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
-    for axes, title in ((recon, "What does the code keep?"), (prior, "What does it imagine?")):
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     return fig
-
 
 def command(args):
     import common
@@ -311,51 +307,39 @@ def command(args):
     torch.manual_seed(args.seed)                       # the initial weights
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim)
     model = model.to(device, memory_format=torch.channels_last)
-    stem, last = args.out / "vae.pt", args.out / "vae.last.pt"
-    work = {"settings": common.settings(args), "dataset": data.facts(args), "device": device.type,
-            "code": common.fingerprint(Path(__file__)), "amp": amp, "ranks": common.RANKS}
-    state, history = resume(args, last, work)
-    progress = Progress(args.steps, "vae", args.quiet, state["step"] if state else 0,
-                        args.out / "vae.log.jsonl")
-    net, rank, share = distribute(model, args.batch_size)
-    generator = torch.Generator(device).manual_seed(args.seed + 10**6 * rank)
+    net, size, generator = distribute(model, args, device)
 
     def score(part):
         fresh = torch.Generator(device).manual_seed(args.seed + 1)
         some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
         return evaluate(model, part[some.to(device)], generator=fresh, amp=amp)
 
-    for row in fit(net, batches(images, share), steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
-                   generator=generator, state=state):
-        if rank:
-            continue                                   # the first one reports and writes
-        state, rate = row.pop("state"), row.pop("images_per_second")
+    def say(row):
         row["validation"] = score(held_out)["negative_elbo"]
-        history.append(row)
-        progress(row["step"], f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats "
-                              f"({row['validation']:.1f} on validation)  {rate:,.0f} images/s",
-                 images_per_second=rate)
-        common.write(last, {**work, "state": state, "history": history})
-    if rank:
+        return f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats " \
+            f"({row['validation']:.1f} on validation)"
+
+    history = training("vae", args, data, {"amp": amp, "device": device.type}, lambda state: fit(
+        net, batches(images, size), steps=args.steps, lr=args.lr, beta=args.beta, amp=amp,
+        generator=generator, state=state), say)
+    if not history:
         return
     metrics = {"train": score(images), "test": score(data.test_images), "history": history}
     common.write(args.out / "vae.png", draw(history, model, data, amp, generator))
-    common.save(stem, args, data, metrics, config=model.config, rows=rows,
+    common.save(args.out / "vae.pt", args, data, metrics, config=model.config, rows=rows,
                 model=model.cpu().state_dict())
-    last.unlink(missing_ok=True)
+    (args.out / "vae.last.pt").unlink(missing_ok=True)
     for part in ("train", "test"):
         m = metrics[part]
         print(f"{part:>5}: {m['reconstruction']:.1f} reconstruction + {m['kl']:.1f} KL = "
               f"{m['negative_elbo']:.1f} nats an image (negative ELBO)")
     if metrics["test"]["kl"] < 0.1:
         print("the latent space has collapsed: KL below 0.1 nats; lower --beta, or train longer")
-    print(f"{args.out / 'vae.png'}\n{stem}")
-
+    print(args.out / "vae.png", args.out / "vae.pt", sep="\n")
 
 def main(argv=None) -> int:
     import common
     return common.guard(command, parse_args(argv))
-
 
 if __name__ == "__main__":
     raise SystemExit(main())
