@@ -31,7 +31,7 @@ cnn_settings     := $(LATER) $(STEP)
 compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) $(STEP) $(COMPARE_FLAGS)
 
 .DELETE_ON_ERROR:
-.PHONY: all quick test clean help evidence FORCE
+.PHONY: all quick test test-slow bench clean help evidence FORCE
 
 all: $(OUT)/compare.json
 
@@ -63,6 +63,14 @@ quick:
 test: $(TESTED)
 	$(PYTHON) -m pytest -q test_all.py
 
+# Minutes more: random kills, dead ranks, two ranks that train one model, memory.
+test-slow: $(TESTED)
+	SLOW=1 $(PYTHON) -m pytest -q test_all.py
+
+# Seconds and what they buy, on MNIST, into assets/bench.json; no other work beside it, please.
+bench: $(TESTED)
+	$(PYTHON) test_all.py
+
 # Hours: sizes 100 300 1000 on 10 subsets, the main arms. It goes on where it was stopped.
 evidence: $(READY)
 	$(PYTHON) compare.py $(COMMON) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms real augment mixup \
@@ -83,7 +91,8 @@ clean:
 help:
 	@echo 'make all       the whole chain into $(OUT)'
 	@echo 'make quick     the same in seconds, smallest sizes, into runs/quick'
-	@echo 'make test      the tests'
+	@echo 'make test      the tests; make test-slow: those of minutes, too'
+	@echo 'make bench     time it, on MNIST'
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'

@@ -69,12 +69,15 @@ def guard(command, args) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted; what was finished is kept", 130
     except (Mistake, FloatingPointError) as error:
-        message, code = error, 2
+        message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or args.out}: {error.strerror or error}; mend that", 2
     except (MemoryError, torch.OutOfMemoryError):
         message, code = "out of memory; use fewer or smaller images, or --device cpu", 2
-    print(f"{args.script}: {' '.join(str(message).split())}", file=sys.stderr)
+    finally:
+        if hasattr(args, "lock"):
+            args.lock.close()
+    print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 def start(args):
@@ -84,7 +87,7 @@ def start(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if not any(vars(args).get(key) for key in ("image", "point", "predict")):
         args.lock = (args.out / ".lock").open("w")      # a read-only folder is found here
-        try:                            # one run at a time; the ranks of torchrun are one
+        try:                            # one run at a time, where torchrun's ranks are one
             import fcntl
             fcntl.flock(args.lock, (fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -11,14 +11,17 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ import latent
 import vae
 
 HERE = Path(__file__).resolve().parent
-REAL_DATA = HERE.parent / "shared" / "data"
+REAL_DATA = HERE.parent / "shared" / "data"         # tests that need it skip where it is absent
 SCRIPTS = {"vae": vae, "latent": latent, "hybrids": hybrids, "cnn": cnn, "compare": compare}
 STEPS = list(SCRIPTS)[:4]                   # of the chain, those that leave a .pt
 ANIMALS = ["cat", "dog", "eel"]
@@ -1144,10 +1147,11 @@ sys.exit(code)
 @pytest.mark.parametrize("name, kind", [("vae", "VAE"), ("cnn", "CNN")])
 def test_two_ranks_train_one_model(copy, tmp_path, name, kind):
     (tmp_path / "watched.py").write_text(WATCHED)
+    npz(copy.parent / "tiny.npz")
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(tmp_path / "watched.py"), name, kind, str(tmp_path), "-o", str(copy), "--steps", "40",
-         "--threads", "1", "--quiet"], env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
+         "--dataset", str(copy.parent / "tiny.npz"), "--threads", "1", "--quiet"], env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
     before = read(copy / f"{name}.pt")["metrics"]
     assert process.wait(timeout=200) == 0
     one, two, saved = read(tmp_path / "rank0.pt"), read(tmp_path / "rank1.pt"), read(copy / f"{name}.pt")
@@ -1160,6 +1164,63 @@ def test_two_ranks_train_one_model(copy, tmp_path, name, kind):
     else:
         assert saved["metrics"]["accuracy"] > before["accuracy"] - 0.05
 
+
+def test_pictures_as_people_have_them(tmp_path):
+    level = lambda array: array.reshape(len(array), -1).mean(1).round()
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "ein Löwe 🦁.png")
+    assert level(common.read_image(tmp_path / "ein Löwe 🦁.png", 16)).tolist() == [10, 20, 30]
+    upright = Image.new("L", (40, 40))
+    upright.paste(255, (0, 0, 40, 20))                       # light above, dark below
+    exif = Image.Exif()
+    exif[0x0112] = 6                                         # stored lying on its side
+    upright.rotate(90).save(tmp_path / "turned.jpg", exif=exif)
+    read_back = common.read_image(tmp_path / "turned.jpg", 16, grey=True)[0]
+    assert read_back[:6].min() > 240 and read_back[-6:].max() < 15
+    Image.new("RGB", (8000, 8000), (200, 100, 50)).save(tmp_path / "large.jpg")
+    assert np.abs(level(common.read_image(tmp_path / "large.jpg", 32)) - [200, 100, 50]).max() < 3
+
+
+def test_files_that_are_no_pictures(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("L", (1, 1)).save(tmp_path / "bomb.png")
+    bomb = bytearray((tmp_path / "bomb.png").read_bytes())   # its header now says 10^10 pixels
+    bomb[16:24] = struct.pack(">II", 10 ** 5, 10 ** 5)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for name in ("empty", "text", "bomb"):
+        with pytest.raises(common.Mistake, match=f"{name}.png cannot be read as an image"):
+            common.read_image(tmp_path / f"{name}.png", 32)
+
+
+def test_a_torchvision_of_another_build(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert "pip install" in mistake(capsys, "vae", "--dataset", "mnist", "-o", tmp_path)
+
+
+def test_no_network(tmp_path, capsys, monkeypatch):
+    from torchvision import datasets
+
+    def offline(*words, **more):
+        raise RuntimeError("no route to host")
+    monkeypatch.setattr(datasets, "KMNIST", offline)
+    offline.__name__ = "KMNIST"
+    assert run("vae", "--dataset", "kmnist", "-o", tmp_path, "--data-dir", tmp_path) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "downloading it" in said[0]
+    assert re.search(r"no route to host.*put its files into .*KMNIST.*--dataset glyphs", said[1])
+
+
+def test_no_fonts(tmp_path, capsys, monkeypatch):
+    import matplotlib
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    assert "DejaVuSans.ttf" in mistake(capsys, "vae", "-o", tmp_path)
+
+
+def test_a_collapsed_vae_is_said(tmp_path, capsys):
+    assert run("vae", "--dataset", npz(tmp_path / "tiny.npz"), "-o", tmp_path, "--steps", 20,
+               "--beta", 1000) == 0
+    assert "collapsed" in capsys.readouterr().out
 
 # ---- the make chain ---------------------------------------------------------------------------
 
@@ -1246,3 +1307,119 @@ def test_make_clean_removes_runs_and_nothing_else(tree):
     before = others()
     make(tree, "clean", "OUT=elsewhere", "DATA=data")
     assert others() == before and not list(tree.glob("runs/*"))
+
+
+# ---- killed anywhere --------------------------------------------------------------------------
+
+def findings(out):
+    """Everything that a run states: tensors, metrics, the table; not when, nor from which file."""
+    found = {kind: {k: v for k, v in read(out / f"{kind}.pt").items() if k != "made_from"}
+             for kind in STEPS}
+    return str(found) + (out / "compare.csv").read_text()
+
+
+@slow
+def test_make_quick_killed_at_20_random_moments(tree, tmp_path):
+    """kill -9 and Ctrl-C in turn, again and again until it is through: the result is the same."""
+    torch.set_printoptions(threshold=10 ** 9, precision=10)
+    command = ["make", "quick", f"PYTHON={sys.executable}",
+               f"DATASET={npz(tmp_path / 'tiny.npz', 500)}"]
+    make(tree, *command[1:], f"OUT={tmp_path / 'straight'}")
+    wanted, moments, killed = findings(tmp_path / "straight"), np.random.default_rng(0), 0
+    while killed < 20:
+        out = tmp_path / f"out{killed}"
+        while True:
+            process = subprocess.Popen([*command, f"OUT={out}"], cwd=tree, env=ENV,
+                                       start_new_session=True, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            try:
+                assert process.wait(timeout=moments.uniform(0, 12)) == 0
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL if killed % 2 else signal.SIGINT)
+                process.wait()
+                killed += 1
+        assert findings(out).replace(str(out), "") == wanted.replace(str(tmp_path / "straight"), "")
+        assert not unfinished(out)
+    torch.set_printoptions(profile="default")
+
+
+@slow
+@pytest.mark.skipif(not (REAL_DATA / "MNIST").is_dir(), reason="no MNIST in ../shared/data")
+def test_the_mnist_chain_stays_below_2_and_a_half_gigabytes(tree, tmp_path):
+    resource = pytest.importorskip("resource")
+    make(tree, "quick", f"PYTHON={sys.executable}", "DATASET=mnist", f"DATA={REAL_DATA}",
+         f"OUT={tmp_path}", "HYBRID_FLAGS=--count 20000")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2.5 * 2 ** 20       # KiB
+
+
+# ---- make bench: no test; times, and what they bought ------------------------------------------
+
+def bench_data():
+    return str(REAL_DATA) if (REAL_DATA / "MNIST").is_dir() else "data"
+
+
+def plain_loop(model, loss_of, steps=60, batch=64):
+    """Images a second of the same model in float32, contiguous, fed by a DataLoader."""
+    from torchvision import datasets, transforms
+    loader = torch.utils.data.DataLoader(
+        datasets.MNIST(bench_data(), transform=transforms.ToTensor()), batch, shuffle=True)
+    optimiser, start = torch.optim.AdamW(model.parameters()), time.perf_counter()
+    for x, y in itertools.islice(loader, steps):
+        optimiser.zero_grad()
+        loss_of(x, y).backward()
+        optimiser.step()
+    return steps * batch / (time.perf_counter() - start)
+
+
+def bench(cnn_steps=400, vae_steps=1000):
+    """Train on all of MNIST as long as it takes; print a table and write assets/bench.json."""
+    threads, rows = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), []
+    args = vae.parse_args(["--dataset", "mnist", "--data-dir", bench_data(), "-o", "runs/bench",
+                           "--threads", str(threads)])
+    device, amp = common.start(args)
+    data, generator = common.load_dataset(args, device), torch.Generator(device)
+
+    def note(work, quality, images, run, plain=None):
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        rows.append({"work": work, "quality": quality(), "seconds": round(seconds, 2),
+                     "images_per_second": round(images / seconds),
+                     "to_plain_loop": plain and round(images / seconds / plain, 1)})
+        print("{work:46}{quality:>16}{seconds:9.2f} s{images_per_second:10,} images/s".format(
+            **rows[-1]), f"  {rows[-1]['to_plain_loop']} times the plain loop" * bool(plain))
+
+    def fit(module, model, batches, steps):
+        for _ in module.fit(model, batches, steps=steps, rounds=1, amp=amp,
+                            generator=generator.manual_seed(0)):
+            pass
+
+    torch.manual_seed(0)
+    plain, model = cnn.CNN(1, 10), cnn.CNN(1, 10).to(device, memory_format=torch.channels_last)
+    real = data.images, F.one_hot(data.labels, 10).float()
+    note(f"CNN, {cnn_steps:,} steps of 64", lambda: "{:.2f}% on test".format(100 * latent.scores(
+        cnn.predict(model, data.test_images, amp).softmax(1), data.test_labels)["accuracy"]),
+        64 * cnn_steps, lambda: fit(cnn, model, cnn.batches(real, 64), cnn_steps),
+        plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y)))
+    flat, model = vae.VAE(1, 28, 28), vae.VAE(1, 28, 28).to(
+        device, memory_format=torch.channels_last)
+    note(f"VAE, {vae_steps:,} steps of 128", lambda: "{negative_elbo:.1f} nats on test".format(
+        **vae.evaluate(model, data.test_images, generator=generator.manual_seed(1), amp=amp)),
+        128 * vae_steps, lambda: fit(vae, model, vae.batches(data.images, 128), vae_steps),
+        plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:])),
+                   batch=128))
+
+    def percentages():
+        mu, logvar = vae.encode_all(model, data.images, amp)
+        few = latent.spread(len(mu), 20_000)
+        latent.Aggregate.fit(mu[few], logvar[few], data.labels[few], 10)(mu)
+    note("60,000 images: codes and percentages", lambda: "", 60_000, percentages)
+    common.write(HERE / "assets" / "bench.json", {
+        "command": "make bench", "device": device.type, "threads": threads, "bfloat16": amp,
+        "machine": platform.machine(), "python": platform.python_version(),
+        "torch": str(torch.__version__), "rows": rows})
+
+
+if __name__ == "__main__":
+    bench()
