@@ -294,9 +294,10 @@ def curves(left, right, table, rows, facts, args):
              f"{args.score} accuracy, %")
     vae.tidy(right, "How much better than real images alone?", what,
              "paired difference, percentage points")
+    sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set_xticks(sizes := sorted({e["n"] for e in table}), sizes)
+        axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
     notes = [f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals"]

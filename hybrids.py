@@ -176,7 +176,7 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
         text, left = words(row, classes), 0.0
         picture(axes, image[None], 1, text.replace(" + ", " +\n") if len(text) > 22 else text)
-        axes.xaxis.labelpad = 13
+        axes.xaxis.labelpad = 15                    # below the bar
         for c in row.argsort(descending=True)[:4].tolist():
             axes.barh(-0.09, float(row[c]), 0.07, left, transform=axes.transAxes, clip_on=False,
                       color=COLOURS[c % 10], edgecolor="white", linewidth=0.5)
