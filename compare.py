@@ -59,7 +59,7 @@ ARMS = {
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
-VIEWS = 9                                               # of each image, for augment+hybrid's VAE
+VIEWS = 9                               # augmented ones of an image, for augment+hybrid's VAE
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
@@ -72,7 +72,6 @@ def train_vae(images, seed, recipe):
     return model.eval()
 
 def generator(images, seed):
-    """A generator on the device of the images."""
     return torch.Generator(images.device).manual_seed(seed)
 
 class Source:
@@ -84,10 +83,10 @@ class Source:
         seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
         self.images, self.y = torch.cat([images, *seen]), y.repeat(1 + views)
         model = model or train_vae(self.images, seed, recipe)
-        self.encode = lambda x: vae.encode_all(model, x, amp)
         self.decode = lambda z: vae.decode_all(model, z, amp)
-        self.mu, self.logvar = self.encode(self.images)
+        self.mu, self.logvar = vae.encode_all(model, self.images, amp)
         self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
+        self.classify = lambda x: self.posterior(*vae.encode_all(model, x, amp))
 
     def pool(self, strategy, rule, residual):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
@@ -151,13 +150,12 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
             x, y, classes, seed, recipe, VIEWS * views, shared_vae))
         for arm, file in todo.items():
             if ARMS[arm].strategy == "posterior":
-                made = source(False)
-                logits_of = lambda v: made.posterior(*made.encode(v)).clamp(min=1e-9).log()
+                logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
             else:
                 model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
-            scored = judge(logits_of, images, labels, data.images[held], data.labels[held])
-            row = {"n": n, "seed": seed, "arm": arm, **scored}
+            row = {"n": n, "seed": seed, "arm": arm, **judge(
+                logits_of, images, labels, data.images[held], data.labels[held])}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, common.Mistake) as error:
         return unit, str(error).splitlines()[0]         # the grid goes on
@@ -181,7 +179,7 @@ def run_grid(units, work, jobs, threads, progress):
     except RuntimeError as error:                       # a process killed, or no shared memory
         raise common.Mistake(f"{error}; run the same command again, with --jobs 1") from None
     finally:
-        for process in list(pool._processes.values()) if pool else ():
+        for process in [*pool._processes.values()] if pool else []:
             process.terminate()
     return failed
 
@@ -205,7 +203,11 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
 
 def holm(ps):
-    """Holm's step-down correction of p values, in their own order."""
+    """Holm's step-down correction of p values, in their own order.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
     worst, out = 0.0, [0.0] * len(ps)
     for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
@@ -286,30 +288,28 @@ def curves(left, right, table, rows, facts, args):
             if all(what in e for e in own):
                 axes.errorbar([e["n"] * side for e in own], [e[what] for e in own],
                               [e[f"{what}_half"] or 0 for e in own], **look)
-                for e in (e for e in own if e["hollow"]):
+                for e in filter(lambda e: e["hollow"], own):
                     axes.plot(e["n"] * side, e[what], marker, color=colour, mfc="white", zorder=5)
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
-    vae.tidy(left, f"How accurate with how many images? ({facts['name']})", what,
-             f"{args.score} accuracy, %")
-    vae.tidy(right, "How much better than real images alone?", what,
-             "paired difference, percentage points")
+    vae.tidy(left, f"How accurate? ({facts['name']})", what, f"{args.score} accuracy, %")
+    vae.tidy(right, "How much better than real images alone?", what, "paired difference, points")
     sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
         axes.minorticks_off()
     left.legend(frameon=False, fontsize=9)
-    notes = [f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals"]
-    notes += ["hollow: over half of the pool, no interval"] * any(e["hollow"] for e in table)
-    notes += ["the VAE saw all images"] * (args.vae_data == "all")
-    left.figure.supxlabel("; ".join(notes), fontsize=8, color="0.35")
+    left.figure.supxlabel("; ".join([
+        f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals",
+        *["hollow: over half of the pool, no interval"] * any(e["hollow"] for e in table),
+        *["the VAE saw all images"] * (args.vae_data == "all")]), fontsize=8, color="0.35")
 
 def summary(table, rows, facts, args):
     """The run on one sheet: the map, the hybrids, the curves; None where the chain has not run."""
     try:
         codes, made = (common.load(args, kind) for kind in ("latent", "hybrids"))
-        common.need(codes["dataset"]["fingerprint"] == facts["fingerprint"], "of other images")
+        common.need(codes["dataset"]["fingerprint"] == facts["fingerprint"], "other images")
     except common.Mistake:
         return None
     sheet = vae.figure(16, 11)
@@ -335,7 +335,7 @@ def report(table):
     print(*answers(table), sep="\n")
 
 def command(args):
-    cores = torch.get_num_threads()                     # OMP_NUM_THREADS, or those there are
+    cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
     device, amp = common.start(args)
     known = not args.dataset and (args.out / "vae.pt").exists()
     data = common.load_dataset(args, device, common.load(args, "vae") if known else None)
@@ -355,16 +355,14 @@ def command(args):
         (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
 
     def found(n, seed):
-        rows = (cell(folder, n, seed, arm, recipes[n])[1] for arm in arms)
-        return [row for row in rows if row]
+        return list(filter(None, (cell(folder, n, seed, arm, recipes[n])[1] for arm in arms)))
 
     # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
     units = list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
     units = [unit for unit in units if len(found(*unit)) < len(arms)]
     failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
     units = [] if args.gather else units
-    alone = device.type == "cpu" and common.RANKS == 1
-    jobs = args.jobs or (cores // (args.threads or 1) if alone else 1)
+    jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
     shared = train_vae(data.images[pool.to(device)], 0, recipe) \
         if args.vae_data == "all" and units else None
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
@@ -376,7 +374,7 @@ def command(args):
                      "same flags", *failed, sep="\n")
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
-    common.need(rows, f"no cell could be computed: {failed[:1]}")
+    common.need(rows, "no cell could be computed")
     table = summarise(rows, len(pool))
     common.write(args.out / "compare.csv", "".join(
         ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
@@ -388,6 +386,8 @@ def command(args):
     common.write(args.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
         "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
+        "hybrids_against": {base: [e for e in summarise(rows, len(pool), base) if "gain" in e and
+                                   "hybrid" in e["arm"]] for base in ARMS if "hybrid" not in base},
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
     print(*(args.out / name for name in [*pictures, "compare.csv", "compare.json"]), sep="\n")

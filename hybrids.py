@@ -143,7 +143,11 @@ class HybridMixer:
         return made.clamp(0, 1), label(self.rule, points, y, self.posterior, self.generator)
 
 def entropy(q):
-    """Of each row of q (M,K), in nats: 0 for one class, log K for all alike."""
+    """Of each row of q (M,K), in nats.
+
+    >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    tensor([0.0000, 0.6931])
+    """
     return torch.special.entr(q).sum(1)
 
 # ---- command ---------------------------------------------------------------------------------
@@ -252,7 +256,8 @@ def command(args):
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
-    print(f"{args.out / 'hybrids.png'}\n{stem}")
+    print(*[args.export / "labels.csv"] * bool(args.export), args.out / "hybrids.png", stem,
+          sep="\n")
 
 def main(argv=None) -> int:
     import common

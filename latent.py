@@ -226,7 +226,11 @@ def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
             for b in range(bins) if int((index == b).sum()) >= least]
 
 def words(q, classes, most=2) -> str:
-    """Probabilities (K,) as "20% cat + 80% dog": the likeliest classes, the likeliest last."""
+    """Probabilities (K,) in words: the likeliest classes, the likeliest last.
+
+    >>> words([0.2, 0.8], ["cat", "dog"])
+    '20% cat + 80% dog'
+    """
     q = [float(p) for p in q]
     top = sorted(range(len(q)), key=q.__getitem__)[-most:]
     return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in top if q[c] >= 0.005)

@@ -5,6 +5,7 @@
 The maths is held against torch.distributions, closed forms and brute force, never against itself.
 """
 import csv
+import doctest
 import functools
 import io
 import itertools
@@ -408,10 +409,14 @@ def test_summary_by_hand():
     table = {(e["n"], e["arm"]): e for e in compare.summarise(rows)}
     small, good, bad, alone = (table[key] for key in (
         (10, "mixup"), (20, "mixup"), (20, "real+hybrid"), (30, "mixup")))
-    assert [small[k] for k in ("accuracy", "accuracy_half", "gain", "subsets")] == approx([70, 0, 15, 2])
+    assert [small[k] for k in ("accuracy", "accuracy_half", "gain", "subsets")] == approx(
+        [70, 0, 15, 2])
     assert small["gain_half"] == approx(12.706 * 5, rel=1e-3) and small["p"] is None
     assert good["p"] == 2 / 64 and good["p_holm"] == bad["p_holm"] == 4 / 64
     assert alone["accuracy_half"] is None and "gain" not in alone     # nothing to be compared with
+    hollow = compare.summarise(rows, pool=39)[3]              # n = 20 of 39
+    assert hollow["hollow"] and hollow["gain"] == good["gain"]
+    assert hollow["gain_half"] is hollow["accuracy_half"] is hollow["p"] is None
     assert [compare.verdict(e["gain"], e["gain_half"]) for e in (small, good, bad)] == [
         "inconclusive", "better than real", "worse than real"]
     assert compare.verdict(3.0, None) == "inconclusive"
@@ -425,8 +430,8 @@ def train(module, path, seed=0, state=None, rows=4):
     torch.manual_seed(seed)
     model = vae.VAE(1, 16, 16, 4) if module is vae else cnn.CNN(1, 3, width=4)
     real = cnn.batches((x, F.one_hot(y, 3).float()), 8)
-    fit = module.fit(model, (lambda g: real(g, 0)[0]) if module is vae else real, steps=12, rounds=4,
-                     generator=seeded(seed), state=state)
+    batches = (lambda g: real(g, 0)[0]) if module is vae else real
+    fit = module.fit(model, batches, steps=12, rounds=4, generator=seeded(seed), state=state)
     torch.save(list(itertools.islice(fit, rows))[-1]["state"], path)
     return read(path)
 
@@ -558,6 +563,12 @@ def test_each_file_works_alone(name, tmp_path):
 
 
 # ---- command lines ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(SCRIPTS[name])
+    assert found.failed == 0 and (found.attempted > 0 or name == "cnn")
+
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_lists_every_default(name):
@@ -1045,7 +1056,7 @@ def test_two_runs_in_one_folder(copy, capsys):
 
 
 def test_a_data_set_that_does_not_fit_in_memory_is_refused():
-    with pytest.raises(common.Mistake, match=r"photos needs \d+\.\d GiB of memory, and this machine"):
+    with pytest.raises(common.Mistake, match=r"photos needs \d+\.\d GiB of memory, and this"):
         common.need_memory(2 ** 62, "photos")
     common.need_memory(1, "a byte")
 
@@ -1151,10 +1162,12 @@ def test_two_ranks_train_one_model(copy, tmp_path, name, kind):
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(tmp_path / "watched.py"), name, kind, str(tmp_path), "-o", str(copy), "--steps", "40",
-         "--dataset", str(copy.parent / "tiny.npz"), "--threads", "1", "--quiet"], env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
+         "--dataset", str(copy.parent / "tiny.npz"), "--threads", "1", "--quiet"],
+        env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
     before = read(copy / f"{name}.pt")["metrics"]
     assert process.wait(timeout=200) == 0
-    one, two, saved = read(tmp_path / "rank0.pt"), read(tmp_path / "rank1.pt"), read(copy / f"{name}.pt")
+    one, two = read(tmp_path / "rank0.pt"), read(tmp_path / "rank1.pt")
+    saved = read(copy / f"{name}.pt")
     weights = [key for key in one if "running" not in key and "tracked" not in key]
     assert same({k: one[k] for k in weights}, {k: two[k] for k in weights})
     assert same(one, saved["model"])
@@ -1263,7 +1276,7 @@ def test_make_quick_and_then_nothing(tree, tmp_path):
 def test_the_snippets_of_the_readme_run(copy, tmp_path):
     shutil.copytree(copy, tmp_path / "runs" / "glyphs", dirs_exist_ok=True)
     snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         done = shell(sys.executable, "-B", "-c", snippet, cwd=tmp_path, PYTHONPATH=str(HERE))
         assert done.returncode == 0, done.stderr

@@ -168,7 +168,11 @@ class Progress:
                 file.write(json.dumps({"step": done, **row}) + "\n")
 
 def clock(seconds: float) -> str:
-    """Seconds in human units: 8 s, 3:05 min, 2:10 h."""
+    """Seconds in human units.
+
+    >>> clock(8), clock(185), clock(7800)
+    ('8 s', '3:05 min', '2:10 h')
+    """
     minutes, s = divmod(round(seconds), 60)
     return f"{s} s" if not minutes else f"{minutes}:{s:02} min" if minutes < 60 else \
         f"{minutes // 60}:{minutes % 60:02} h"
@@ -202,7 +206,7 @@ def training(name, args, data, work, rows_from, say):
     return history
 
 def distribute(model, args, device):
-    """Over torchrun's ranks -> a model that averages gradients, this one's batch size, generator."""
+    """On torchrun's ranks -> model that averages gradients, this rank's batch size, generator."""
     from common import RANK, RANKS, need
     need(args.batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
     if RANKS > 1:
