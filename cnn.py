@@ -30,13 +30,14 @@ class CNN(nn.Module):
     def __init__(self, channels: int, classes: int, width: int = 32, side: int = 28):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, side=side)
-        layers, inputs = [], channels
-        for i in range(3 if side <= 32 else 4):           # the last block sees a side of 8 or so
+        layers, inputs, blocks = [], channels, 3 if side <= 32 else 4
+        for i in range(blocks):           # the last one keeps its resolution, a side of 8 or so
             outputs = width * 2 ** min(i, 2)
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-                       nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+                       nn.BatchNorm2d(outputs), *[nn.MaxPool2d(2)] * (i < blocks - 1),
+                       nn.ReLU(inplace=True)]             # after the maximum: a quarter of the work
             inputs = outputs
-        self.features = nn.Sequential(*layers[:-1])       # the last block keeps its resolution
+        self.features = nn.Sequential(*layers)
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, x):
