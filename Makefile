@@ -19,8 +19,12 @@ READY  := .venv/ready
 TESTED := .venv/ready-test
 endif
 
-COMMON := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) -o $(OUT) --device $(DEVICE)
+IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE)
+COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
+MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
+CHECKS := real real+hybrid cutmix 'weight labels' 'density labels' 'no residual' \
+          'mixup density labels' reconstructions 'latent posterior'
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
@@ -71,10 +75,11 @@ test-slow: $(TESTED)
 bench: $(TESTED)
 	$(PYTHON) test_all.py
 
-# Hours: sizes 100 300 1000 on 10 subsets, the main arms. It goes on where it was stopped.
+# Hours: the main arms on 10 subsets, the far sizes on 6, the controls. It goes on where it stopped.
 evidence: $(READY)
-	$(PYTHON) compare.py $(COMMON) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms real augment mixup \
-	  real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms $(MAIN)
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/far --sizes 50 3000 --seeds 6 --arms $(MAIN)
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv

@@ -109,7 +109,7 @@ def render(points, decode, mu, images, residual=True, batch=1000):
     """Images x (M,C,H,W) in [0,1] of points: decode(z), plus what the decoder lost of its sources.
 
     The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at w = 1 it gives
-    back x_k, so no sharpness is lost. `images` are the codes' uint8 sources, in the order of mu.
+    back x_k, so no sharpness is lost. `images` are the codes' sources in [0,255], as mu in order.
     """
     if not residual or points.i is None:
         return torch.cat([decode(z) for z in points.z.split(batch)])
@@ -138,9 +138,8 @@ class HybridMixer:
         j = partners(y, i, False, self.generator)
         t = torch.rand(len(x), device=x.device, generator=self.generator)
         points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
-        lost, w = x - self.decode(mu), t[:, None, None, None]
-        made = self.decode(points.z) + w * lost + (1 - w) * lost[j]
-        return made.clamp(0, 1), label(self.rule, points, y, self.posterior, self.generator)
+        q = label(self.rule, points, y, self.posterior, self.generator)
+        return render(points, self.decode, mu, 255 * x), q
 
 def entropy(q):
     """Of each row of q (M,K), in nats.
@@ -256,8 +255,9 @@ def command(args):
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
-    print(*[args.export / "labels.csv"] * bool(args.export), args.out / "hybrids.png", stem,
-          sep="\n")
+    if args.export:
+        print(args.export / "labels.csv")
+    print(args.out / "hybrids.png", stem, sep="\n")
 
 def main(argv=None) -> int:
     import common

@@ -181,7 +181,7 @@ def training(name, args, data, work, rows_from, say):
     """rows_from(state): the rows of a `fit`, resumed, reported and kept -> their history.
 
     say(row) adds the validation score to a row and puts it into words. Work of other settings
-    than `work`, unfinished or damaged, is as good as none. None on the ranks that only help.
+    than `work`, or damaged, is as good as none. The ranks that only help get an empty history.
     """
     import common
     last, state, history = args.out / f"{name}.last.pt", None, []
