@@ -179,6 +179,20 @@ def corrupt(images, seed=0):
               "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
     return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
 
+# ---- what compare.py uses as well ------------------------------------------------------------
+
+def judge(logits_of, images, y, held, held_y) -> dict:
+    """Scores on images, plain and after one temperature fitted on held-out images."""
+    from latent import scores, spread
+    logits, held_logits, few = logits_of(images), logits_of(held), spread(len(y), 2000)
+    best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
+               key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
+    scaled = scores((logits / best).softmax(1), y)
+    return {**scores(logits.softmax(1), y), "temperature": best,
+            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
+            **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
+               for name, harder in corrupt(images[few]).items()}}
+
 # ---- command ---------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -192,7 +206,7 @@ def parse_args(argv=None):
         "0 is the plain CNN, 1 sees no real image")
     add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
     add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with Beta(ALPHA, ALPHA) in the same share; 0 is off")
+        help="mixup with Beta(ALPHA, ALPHA), of the same share, without hybrids from 1 to 0")
     add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
         help="cutmix likewise; 0 is off")
     add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")

@@ -44,7 +44,7 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     add("--data-dir", help="where named data sets are kept; without it as in vae.pt, or else data")
     add("--image-size", type=number(int, 16, 64), default=32, help="side in pixels, for folders")
     add("-o", "--out", type=Path, help="the working directory; without it runs/<data set>")
-    add("--seed", type=number(int, 0), default=0, help="of every random choice")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of every random choice")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: not mps")
     add("--threads", type=number(int, 1), help="processor threads; without it all cores")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 or not; without it as fast")
@@ -55,7 +55,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float within [low, high]."""
     def parse(text):
         value = kind(text)                              # argparse turns a ValueError into a line
-        if low <= value <= high and not math.isinf(value):              # NaN fails the first test
+        if low <= value <= high and value != math.inf:                  # NaN fails the first test
             return value
         raise argparse.ArgumentTypeError(f"{text} is not within [{low}, {high}]")
     parse.__name__ = kind.__name__
@@ -72,11 +72,12 @@ def guard(command, args) -> int:
         message, code = str(error), 2
     except OSError as error:
         message, code = f"{error.filename or args.out}: {error.strerror or error}; mend that", 2
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:        # torch's own, on every device
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         message, code = "out of memory; use fewer or smaller images, or --device cpu", 2
     finally:
-        if hasattr(args, "lock"):
-            args.lock.close()
+        args.lock = None                # closes the files
     print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
@@ -86,10 +87,12 @@ def start(args):
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     if not any(vars(args).get(key) for key in ("image", "point", "predict")):
-        args.lock = (args.out / ".lock").open("w")      # a read-only folder is found here
+        need(RANKS == 1 or args.script not in ("latent.py", "hybrids.py"), "runs without torchrun")
+        args.lock = [(args.out / name).open("w") for name in (".lock", f".lock-{RANK}")]
         try:                            # one run at a time, where torchrun's ranks are one
             import fcntl
-            fcntl.flock(args.lock, (fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            for file, alone in zip(args.lock, (RANKS == 1, True)):
+                fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         except BlockingIOError:
             raise Mistake(f"another run works in {args.out}; wait, or give another --out") from None
         except (ImportError, OSError):  # Windows and some network drives have no such lock
@@ -97,19 +100,17 @@ def start(args):
     torch.set_num_threads(args.threads or torch.get_num_threads())
     cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
-    here = {"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name]
-    need(here, f"--device {name}: there is none here; use --device cpu")
+    need({"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name],
+         f"--device {name}: there is none here; use --device cpu")
     # Is bfloat16 fast here? The processor is asked; a torch that cannot tell says no.
     fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
-            "cuda": cuda and torch.cuda.is_bf16_supported()}[name]
+            "cuda": cuda and torch.cuda.is_bf16_supported(including_emulation=False)}[name]
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     return device, fast if args.amp is None else args.amp
 
 def need_memory(size, what):
     """Refuse what takes more bytes than the machine has, before the system kills somebody."""
-    if os.name != "posix":
-        return
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 1e18
     need(size < there, f"{what} needs {size / 2**30:.1f} GiB of memory, and this machine has "
          f"{there / 2**30:.1f}; use fewer or smaller images")
 
@@ -126,12 +127,13 @@ class Dataset:
 
     def facts(self, args) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
-        some = self.images[::max(1, len(self.images) // 256)].cpu()     # tell any two sets apart
-        seen = fingerprint(self.labels.cpu().numpy().tobytes() + some.numpy().tobytes())
+        parts = self.images, self.labels, self.test_images, self.test_labels
+        seen = fingerprint(b"".join(part.cpu().numpy().tobytes() for part in parts))
+        edges = self.images[:1000, :, [0, -1]].float()                  # nearer to white?
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": len(self.images), "light": is_light(some),
-                "test_images": len(self.test_images), "fingerprint": seen}
+                "classes": self.classes, "images": len(self.images), "fingerprint": seen,
+                "test_images": len(self.test_images), "light": edges.mean().item() > 127}
 
 def load_dataset(args, device, upstream=None) -> Dataset:
     """The data set that --dataset names, or the one that the `upstream` file was made from."""
@@ -180,10 +182,6 @@ def check(data: Dataset, side: int):
     if max(x.shape[2:]) > 64 or min(x.shape[2:]) < 16:
         data.images, data.test_images = (resize(v, (side, side)) for v in (x, x_test))
 
-def is_light(images) -> bool:
-    """Whether the top and bottom rows, taken as the background, are nearer to white."""
-    return images[..., [0, -1], :].float().mean().item() > 127
-
 def resize(images, size):
     """uint8 (N,C,H,W) -> uint8 (N,C,*size), antialiased."""
     return torch.cat([F.interpolate(part.float(), size, mode="bilinear", antialias=True)
@@ -208,8 +206,7 @@ def torchvision_dataset(datasets, name, root) -> Dataset:
         x = as_images(np.asarray(part.data))
         x = x.transpose(2, 3).contiguous() if emnist else x             # stored lying down
         parts += [x, torch.as_tensor(part.labels if name == "stl10" else part.targets).long()]
-    classes = [c.split(" - ")[0] for c in getattr(part, "classes", [])]
-    return Dataset(*parts, classes or None, name)
+    return Dataset(*parts, [c.split(" - ")[0] for c in getattr(part, "classes", [])] or None, name)
 
 def npz_dataset(path: Path) -> Dataset:
     """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
@@ -222,8 +219,6 @@ def npz_dataset(path: Path) -> Dataset:
                 raise ValueError("labels must be whole numbers")
             y, y_test = (torch.from_numpy(v.astype(np.int64).reshape(-1)) for v in (y, y_test))
             classes = file["classes"].tolist() if "classes" in file.files else None
-    except Mistake:
-        raise
     except Exception as error:                          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., y_train=..., "
                       "x_test=..., y_test=..., [classes=...])") from None
@@ -244,10 +239,11 @@ def as_images(array) -> torch.Tensor:
 def folder_dataset(datasets, root: Path, side: int, cache: Path) -> Dataset:
     """root/train/<class>/* and root/test/<class>/*, or only <class>/*, a fifth of it for test."""
     folders = [f for f in (root / "train", root / "test") if f.is_dir()]
+    need(len(folders) != 1 or root / "train" in folders, f"{root}: there is test/ but no train/")
     try:
         wanted = lambda file: file.lower().endswith(IMAGE_FILES)
         parts = [datasets.ImageFolder(str(folder), is_valid_file=wanted)
-                 for folder in (folders if root / "train" in folders else [root])]
+                 for folder in (folders or [root])]
     except FileNotFoundError as error:
         raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each") from None
     classes, size = parts[0].classes, len(parts[0].samples)
@@ -263,10 +259,13 @@ def folder_dataset(datasets, root: Path, side: int, cache: Path) -> Dataset:
         about = {"descr": "|u1", "fortran_order": False,
                  "shape": (len(files), 1 if grey else 3, side, side)}
         need_memory(2 * math.prod(about["shape"]), root)
-        with temporary.open("wb") as out:
-            np.lib.format.write_array_header_1_0(out, about)
-            out.writelines(read_image(file, side, grey).tobytes() for file in files)
-        os.replace(temporary, stored)
+        try:
+            with temporary.open("wb") as out:
+                np.lib.format.write_array_header_1_0(out, about)
+                out.writelines(read_image(file, side, grey).tobytes() for file in files)
+            os.replace(temporary, stored)
+        finally:
+            temporary.unlink(missing_ok=True)
     images = torch.from_numpy(np.load(stored, mmap_mode="c"))
     # The fifth does not depend on --seed: test stays test.
     first, last = (rows[:size], rows[size:]) if len(parts) == 2 else cut(labels, rows, 0.2)
@@ -315,11 +314,10 @@ def split(data: Dataset):
 def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     """n rows of the pool: equal counts a class to within one; a smaller n is inside a larger one.
 
-    Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class, so their
-    subsets are disjoint while n is at most 1/subsets of the pool.
+    Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class: they share
+    no image while each class gives at most 1/subsets of its images.
     """
-    need(n <= len(pool), f"{n} images asked for, but there are {len(pool)} to train on, besides "
-         f"the {len(data.labels) - len(pool)} for validation")
+    need(n <= len(pool), f"{n} images asked for; there are {len(pool)} besides validation images")
     parts = [part.roll(-(seed % subsets) * len(part) // subsets)
              for part in shuffled_classes(data.labels.cpu(), pool, seed // subsets)]
     turn = torch.cat([torch.arange(len(part)) for part in parts])       # a class in turn
@@ -380,6 +378,8 @@ def load(args, kind: str, device="cpu") -> dict:
 
 def cure(args, name: str) -> str:
     """The whole command that makes OUT/name."""
+    if name != "vae.pt" and (args.out / "vae.pt").exists():     # make might train another VAE
+        return shlex.join(["python", f"{Path(name).stem}.py", "-o", str(args.out)])
     spec = args.dataset or (args.out.name if args.out.name in TORCHVISION else "glyphs")
     words = [f"DATASET={spec}"] * (spec != "glyphs")
     words += [f"DATA={args.data_dir}"] * (args.data_dir not in (None, "data"))

@@ -13,8 +13,10 @@ import functools
 import itertools
 import json
 import math
+import os
 import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
@@ -85,8 +87,8 @@ class Source:
         model = model or train_vae(self.images, seed, recipe)
         self.decode = lambda z: vae.decode_all(model, z, amp)
         self.mu, self.logvar = vae.encode_all(model, self.images, amp)
-        self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
-        self.classify = lambda x: self.posterior(*vae.encode_all(model, x, amp))
+        posterior = self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
+        self.classify = lambda x: posterior(*vae.encode_all(model, x, amp))
 
     def pool(self, strategy, rule, residual):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
@@ -111,17 +113,6 @@ def train_cnn(arm, images, y, classes, source, seed, recipe):
                      amp=recipe["amp"], generator=generator(images, seed)):
         pass
     return model
-
-def judge(logits_of, images, y, held, held_y) -> dict:
-    """Scores on images, plain and after one temperature fitted on held-out images."""
-    logits, held_logits, few = logits_of(images), logits_of(held), latent.spread(len(y), 2000)
-    best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
-               key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
-    scaled = latent.scores((logits / best).softmax(1), y)
-    return {**latent.scores(logits.softmax(1), y), "temperature": best,
-            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
-            **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
-               for name, harder in cnn.corrupt(images[few]).items()}}
 
 def cell(folder, n, seed, arm, recipe):
     """-> the file of a cell, its row; None where that is absent, or a bit of it has changed."""
@@ -154,12 +145,18 @@ def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
             else:
                 model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
-            row = {"n": n, "seed": seed, "arm": arm, **judge(
+            row = {"n": n, "seed": seed, "arm": arm, **cnn.judge(
                 logits_of, images, labels, data.images[held], data.labels[held])}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
-    except (ArithmeticError, RuntimeError, common.Mistake) as error:
-        return unit, str(error).splitlines()[0]         # the grid goes on
+    except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
+        return unit, (str(error) or repr(error)).splitlines()[0]        # the grid goes on
     return unit, None
+
+def start_worker(threads):
+    """A process of the grid: so many threads, and no life after its parent's."""
+    torch.set_num_threads(threads)
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
@@ -168,7 +165,7 @@ def run_grid(units, work, jobs, threads, progress):
     if jobs > 1:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's business
         pool = ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"),
-                                   torch.set_num_threads, [threads])
+                                   start_worker, [threads])
         futures = [pool.submit(work, unit) for unit in units]
         signal.signal(signal.SIGINT, before)
     try:
@@ -285,10 +282,10 @@ def curves(left, right, table, rows, facts, args):
         dots = [(r["n"] * side, 100 * r["accuracy"]) for r in rows if r["arm"] == arm]
         left.scatter(*zip(*dots), s=9, color=colour, alpha=0.5, linewidths=0)
         for axes, what in ((left, "accuracy"), (right, "gain")):
-            if all(what in e for e in own):
-                axes.errorbar([e["n"] * side for e in own], [e[what] for e in own],
-                              [e[f"{what}_half"] or 0 for e in own], **look)
-                for e in filter(lambda e: e["hollow"], own):
+            if there := [e for e in own if what in e]:
+                axes.errorbar([e["n"] * side for e in there], [e[what] for e in there],
+                              [e[f"{what}_half"] or 0 for e in there], **look)
+                for e in filter(lambda e: e["hollow"], there):
                     axes.plot(e["n"] * side, e[what], marker, color=colour, mfc="white", zorder=5)
     right.axhline(0, color="black", lw=0.8)
     what = "labelled images" if args.vae_data == "all" else "real images"
@@ -370,8 +367,8 @@ def command(args):
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
                        vae.Progress(len(units), "subsets", args.quiet))
     if common.RANKS > 1:
-        return print(f"rank {common.RANK} has finished; then: python compare.py --gather, and the "
-                     "same flags", *failed, sep="\n")
+        return print(f"rank {common.RANK} has finished; then: python compare.py with the same "
+                     f"flags and --gather --{'' if amp else 'no-'}amp", *failed, sep="\n")
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
     common.need(rows, "no cell could be computed")
@@ -381,6 +378,7 @@ def command(args):
     fig, sheet = vae.figure(13, 5.6), summary(table, rows, facts, args)
     curves(*fig.subplots(1, 2), table, rows, facts, args)
     pictures = {"summary.png": sheet, "compare.png": fig} if sheet else {"compare.png": fig}
+    (args.out / "summary.png").unlink(missing_ok=True)
     for name, picture in pictures.items():
         common.write(args.out / name, picture)
     common.write(args.out / "compare.json", {

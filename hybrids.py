@@ -39,7 +39,8 @@ def sample(strategy, count, mu, logvar, y, posterior, generator, jitter=0.5) -> 
     same      near the line between two codes of one class
     boundary  between, thinned so that max q is spread evenly over [1/2, 1]
 
-    Near: with noise of `jitter` times the bandwidth of a class of average size (Scott 1992).
+    Near: with noise of `jitter` times the within-class deviation times N_c^(-1/(D+4)), the factor
+    of Scott (1992) for a class of average size.
     """
     device = mu.device
     if strategy == "prior":
@@ -124,6 +125,7 @@ def render(points, decode, mu, images, residual=True, batch=1000):
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
+    Between the codes of each image and of another one of the batch, without noise.
     encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """

@@ -731,6 +731,12 @@ def test_an_interrupted_run_goes_on(copy, tmp_path, capsys, name, words):
     assert same(a["model"], b["model"]) and a["metrics"] == b["metrics"]
 
 
+def test_unfinished_work_that_does_not_fit_is_said(copy, capsys):
+    shutil.copy(copy / "vae.pt", copy / "cnn.last.pt")
+    assert run("cnn", "-o", copy, "--steps", 3, "--width", 4, "--resume") == 0
+    assert "does not fit these settings; starting afresh" in capsys.readouterr().err
+
+
 # ---- data sets --------------------------------------------------------------------------------
 
 RGB = easy(200, channels=3)[0].numpy()
@@ -952,13 +958,15 @@ MISTAKES = {
     "torn JPEG": ("vae", lambda o: torn(o / "zoo"), r"0\.jpg cannot be read"),
     "empty folder": ("vae", lambda o: folder(o), "subfolder"),
     "empty class": ("vae", lambda o: folder(o, "cat"), "cat"),
+    "only test/": ("vae", lambda o: folder(o, "cat", "test", "test/cat"), "no train/"),
+    "more than memory": ("vae", lambda o: [*bad(o), "--batch-size", 10 ** 12], "out of memory"),
     "too many": ("vae", lambda o: [*bad(o), "--images", 181], "181 images"),
     "too large a size": ("compare", lambda o: ["--sizes", 9999], "9999 images"),
     "no such device": ("vae", lambda o: ["--device", ABSENT], f"--device {ABSENT}"),
     "out is a file": ("vae", lambda o: ["-o", o / "vae.pt"], "is a file"),
     "out in a file": ("vae", lambda o: ["-o", o / "vae.pt" / "x"], "vae.pt"),
     "truncated": ("latent", lambda o: os.truncate(o / "vae.pt", 500), "damaged.* make "),
-    "emptied": ("hybrids", lambda o: os.truncate(o / "latent.pt", 0), "damaged.* make "),
+    "emptied": ("hybrids", lambda o: os.truncate(o / "latent.pt", 0), "damaged.* python latent.py "),
     "wrong kind": ("latent", lambda o: shutil.copy(o / "cnn.pt", o / "vae.pt") and [], "cnn"),
     "newer format": ("latent", lambda o: rewrite(o / "vae.pt", format=99), "99.* make "),
     "not ours": ("latent", lambda o: torch.save([1], o / "vae.pt"), "damaged"),
@@ -999,15 +1007,20 @@ def test_mistakes(copy, capsys, name):
 def test_what_is_missing_comes_with_the_command_that_makes_it(copy, capsys, script, missing):
     (copy / f"{missing}.pt").unlink()
     line = mistake(capsys, script, "-o", copy)
-    command = shlex.split(re.search(r"not found; make it with: (make .*)$", line)[1])
-    planned = shell(*command, "-n", "PYTHON=python")
-    assert planned.returncode == 0 and f"python {missing}.py" in planned.stdout
-    assert str(copy) in planned.stdout
+    command = shlex.split(re.search(r"not found; make it with: (.*)$", line)[1])
+    if missing == "vae":
+        planned = shell(*command, "-n", "PYTHON=python")
+        assert planned.returncode == 0 and "python vae.py" in planned.stdout
+        assert str(copy) in planned.stdout
+    else:                                # make might train another VAE, with other flags
+        kept = (copy / "vae.pt").read_bytes()
+        assert command[:2] == ["python", f"{missing}.py"] and run(missing, *command[2:]) == 0
+        assert (copy / f"{missing}.pt").exists() and (copy / "vae.pt").read_bytes() == kept
 
 
 @pytest.mark.parametrize("words", [
     "vae --steps 0", "vae --steps 1.5", "vae --lr nan", "vae --lr -1", "vae --beta inf",
-    "vae --latent-dim 0", "vae --batch-size -3", "vae --seed -1", "vae --image-size 8",
+    "vae --latent-dim 0", "vae --batch-size -3", "vae --seed -1", "vae --seed 99999999999999999999", "vae --image-size 8",
     "vae --device tpu", "vae --threads 0", "vae --nosuch", "latent --codes 1",
     "hybrids --count 0", "hybrids --strategy nowhere",
     "hybrids --strategy prior --label product", "cnn --hybrid-fraction 2",
@@ -1053,6 +1066,29 @@ def test_two_runs_in_one_folder(copy, capsys):
         assert "another run works in" in mistake(capsys, "vae", "-o", copy)
         assert run("latent", "-o", copy, "--point=0,0,0,0") == 0          # reading is free
     assert run("hybrids", "-o", copy, "--count", 9) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to look into")
+def test_workers_do_not_outlive_their_parent(grid, tmp_path):
+    words = [*GRID[1:], "--dataset", grid / "tiny.npz", "-o", tmp_path, "--jobs", 2, "--steps", 5000]
+    parent = subprocess.Popen([sys.executable, str(HERE / "compare.py"), *map(str, words)], env=ENV,
+                              stderr=subprocess.DEVNULL)
+    children = lambda: shell("pgrep", "-P", parent.pid, "-f", "spawn_main").stdout.split()
+    deadline = time.monotonic() + 60
+    while len(workers := children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2 and time.monotonic() < deadline
+
+
+def test_other_test_images_make_other_cells(grid, tmp_path):
+    out = Path(shutil.copytree(grid, tmp_path / "grid"))
+    x = easy(60, seed=5)[0][:, 0].numpy()
+    words = [*GRID, "--dataset", npz(tmp_path / "tiny.npz", x_test=x), "-o", out, "--jobs", 1]
+    assert run(*words) == 0 and len(list((out / "cells").iterdir())) == 16
 
 
 def test_a_data_set_that_does_not_fit_in_memory_is_refused():

@@ -194,6 +194,8 @@ def training(name, args, data, work, rows_from, say):
             state, history = saved["state"], saved["history"]
     except Exception:                   # zip, pickle and torch each have their own errors
         pass
+    if args.resume and last.exists() and not (state or common.RANK):
+        print(f"{last} does not fit these settings; starting afresh", file=sys.stderr)
     progress = Progress(args.steps, name, args.quiet, state["step"] if state else 0,
                         args.out / f"{name}.log.jsonl")
     for row in rows_from(state):
@@ -256,11 +258,12 @@ def picture(axes, images, columns=1, caption=""):
 
 def read_like(path, facts):
     """A picture at a data set's side, channels and polarity -> uint8 (1,C,H,W), what was done."""
-    from common import is_light, read_image, resize
+    from common import read_image, resize
     channels, height, width = facts["shape"]
     array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
     array = resize(array, (height, width)) if height != width else array
-    flip = channels == 1 and is_light(array) != facts["light"]           # ink on paper, or chalk
+    light = array[..., [0, -1], :].float().mean() > 127
+    flip = channels == 1 and bool(light) != facts["light"]               # ink on paper, or chalk
     return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
         f"{height}x{width}" + ", inverted to the data set's background" * flip
 
