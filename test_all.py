@@ -1059,6 +1059,14 @@ def test_a_full_disk_leaves_no_half_of_a_file(copy, capsys, monkeypatch, script,
     assert run(script, "-o", copy, *STEMS[script]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write here")
+def test_a_folder_that_is_read_only(copy, capsys):
+    os.chmod(copy, 0o555)
+    assert "Permission denied" in mistake(capsys, "hybrids", "-o", copy)
+    assert run("latent", "-o", copy, "--point=0,0,0,0") == 0              # reading is free
+    os.chmod(copy, 0o755)
+
+
 def test_two_runs_in_one_folder(copy, capsys):
     fcntl = pytest.importorskip("fcntl")
     with (copy / ".lock").open("w") as other:
