@@ -1429,7 +1429,7 @@ def plain_loop(model, loss_of, steps=60, batch=64):
     return steps * batch / (time.perf_counter() - start)
 
 
-def bench(cnn_steps=400, vae_steps=1000):
+def bench(cnn_steps=300, cnn_lr=6e-3, vae_steps=1200, vae_lr=4e-3, batch=64):
     """Train on all of MNIST as long as it takes; print a table and write assets/bench.json."""
     threads, rows = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), []
     args = vae.parse_args(["--dataset", "mnist", "--data-dir", bench_data(), "-o", "runs/bench",
@@ -1447,25 +1447,25 @@ def bench(cnn_steps=400, vae_steps=1000):
         print("{work:46}{quality:>16}{seconds:9.2f} s{images_per_second:10,} images/s".format(
             **rows[-1]), f"  {rows[-1]['to_plain_loop']} times the plain loop" * bool(plain))
 
-    def fit(module, model, batches, steps):
-        for _ in module.fit(model, batches, steps=steps, rounds=1, amp=amp,
+    def fit(module, model, batches, steps, lr):
+        for _ in module.fit(model, batches, steps=steps, lr=lr, rounds=1, amp=amp,
                             generator=generator.manual_seed(0)):
             pass
 
     torch.manual_seed(0)
     plain, model = cnn.CNN(1, 10), cnn.CNN(1, 10).to(device, memory_format=torch.channels_last)
     real = data.images, F.one_hot(data.labels, 10).float()
-    note(f"CNN, {cnn_steps:,} steps of 64", lambda: "{:.2f}% on test".format(100 * latent.scores(
+    note(f"CNN, {cnn_steps:,} steps of {batch}", lambda: "{:.2f}% on test".format(100 * latent.scores(
         cnn.predict(model, data.test_images, amp).softmax(1), data.test_labels)["accuracy"]),
-        64 * cnn_steps, lambda: fit(cnn, model, cnn.batches(real, 64), cnn_steps),
+        batch * cnn_steps, lambda: fit(cnn, model, cnn.batches(real, batch), cnn_steps, cnn_lr),
         plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y)))
     flat, model = vae.VAE(1, 28, 28), vae.VAE(1, 28, 28).to(
         device, memory_format=torch.channels_last)
-    note(f"VAE, {vae_steps:,} steps of 128", lambda: "{negative_elbo:.1f} nats on test".format(
+    note(f"VAE, {vae_steps:,} steps of {batch}", lambda: "{negative_elbo:.1f} nats on test".format(
         **vae.evaluate(model, data.test_images, generator=generator.manual_seed(1), amp=amp)),
-        128 * vae_steps, lambda: fit(vae, model, vae.batches(data.images, 128), vae_steps),
-        plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:])),
-                   batch=128))
+        batch * vae_steps, lambda: fit(
+            vae, model, vae.batches(data.images, batch), vae_steps, vae_lr),
+        plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:]))))
 
     def percentages():
         mu, logvar = vae.encode_all(model, data.images, amp)
