@@ -296,6 +296,7 @@ def curves(left, right, table, rows, facts, args):
         axes.set_xscale("log")
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
         axes.minorticks_off()
+    left.set_ylim(*np.clip(left.get_ylim(), 0, 100))     # no bar goes beyond
     left.legend(frameon=False, fontsize=9, loc="lower right")
     left.figure.supxlabel("; ".join([
         f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals",

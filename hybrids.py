@@ -109,8 +109,8 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
 def render(points, decode, mu, images, residual=True, batch=1000):
     """Images x (M,C,H,W) in [0,1] of points: decode(z), plus what the decoder lost of its sources.
 
-    The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at w = 1 it gives
-    back x_k, so no sharpness is lost. `images` are the codes' sources in [0,255], as mu in order.
+    The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at z = mu_k it
+    gives back x_k, so no sharpness is lost. `images` are the codes' sources in [0,255], as mu in order.
     """
     if not residual or points.i is None:
         return torch.cat([decode(z) for z in points.z.split(batch)])

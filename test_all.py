@@ -1405,8 +1405,8 @@ def test_make_quick_killed_at_20_random_moments(tree, tmp_path):
 @pytest.mark.skipif(not (REAL_DATA / "MNIST").is_dir(), reason="no MNIST in ../shared/data")
 def test_the_mnist_chain_stays_below_2_and_a_half_gigabytes(tree, tmp_path):
     resource = pytest.importorskip("resource")
-    make(tree, "quick", f"PYTHON={sys.executable}", "DATASET=mnist", f"DATA={REAL_DATA}",
-         f"OUT={tmp_path}", "HYBRID_FLAGS=--count 20000")
+    make(tree, "all", f"PYTHON={sys.executable}", "DATASET=mnist", f"DATA={REAL_DATA}",
+         f"OUT={tmp_path}", "STEPS=20", "SIZES=100 3000", "SEEDS=2", "COMPARE_FLAGS=--vae-steps 20")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2.5 * 2 ** 20       # KiB
 
 
