@@ -110,7 +110,7 @@ def render(points, decode, mu, images, residual=True, batch=1000):
     """Images x (M,C,H,W) in [0,1] of points: decode(z), plus what the decoder lost of its sources.
 
     The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at z = mu_k it
-    gives back x_k, so no sharpness is lost. `images` are the codes' sources in [0,255], as mu in order.
+    gives back x_k, so no sharpness is lost. `images` in [0,255] are the sources of the codes mu.
     """
     if not residual or points.i is None:
         return torch.cat([decode(z) for z in points.z.split(batch)])
