@@ -87,7 +87,7 @@ def start(args):
     need(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file; --out takes a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     if not any(vars(args).get(key) for key in ("image", "point", "predict")):
-        need(RANKS == 1 or args.script not in ("latent.py", "hybrids.py"), "start it without torchrun")
+        need(RANKS == 1 or args.script not in ("latent.py", "hybrids.py"), "start without torchrun")
         args.lock = [(args.out / name).open("w") for name in (".lock", f".lock-{RANK}")]
         try:                            # one run at a time, where torchrun's ranks are one
             import fcntl
