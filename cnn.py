@@ -206,7 +206,7 @@ def parse_args(argv=None):
         "0 is the plain CNN, 1 sees no real image")
     add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
     add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with Beta(ALPHA, ALPHA), of the same share, without hybrids from 1 to 0")
+        help="mixup with Beta(ALPHA, ALPHA) in that share; without hybrids from all to none")
     add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
         help="cutmix likewise; 0 is off")
     add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")

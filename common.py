@@ -128,17 +128,18 @@ class Dataset:
     def facts(self, args) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
         parts = self.images, self.labels, self.test_images, self.test_labels
-        seen = fingerprint(b"".join(part.cpu().numpy().tobytes() for part in parts))
-        edges = self.images[:1000, :, [0, -1]].float()                  # nearer to white?
+        seen = "".join(fingerprint(part.cpu().numpy().tobytes()) for part in parts)
+        light = self.images[:1000, :, [0, -1]].float().mean().item() > 127      # the background
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": len(self.images), "fingerprint": seen,
-                "test_images": len(self.test_images), "light": edges.mean().item() > 127}
+                "classes": self.classes, "images": len(self.images), "light": light,
+                "test_images": len(self.test_images), "fingerprint": fingerprint(seen.encode())}
 
 def load_dataset(args, device, upstream=None) -> Dataset:
     """The data set that --dataset names, or the one that the `upstream` file was made from."""
     known = upstream["dataset"] if upstream else {}
-    args.image_size = args.dataset is None and known.get("image_size") or args.image_size
+    if args.dataset is None:
+        args.image_size = known.get("image_size", args.image_size)
     spec = args.dataset = args.dataset or known.get("spec", "glyphs")
     args.data_dir = args.data_dir or known.get("data_dir", "data")
     if spec == "glyphs" or spec.endswith(".npz"):
@@ -189,8 +190,7 @@ def resize(images, size):
 
 def torchvision_dataset(datasets, name, root) -> Dataset:
     """One of torchvision.datasets, downloaded only if it is not on disk."""
-    kind = getattr(datasets, TORCHVISION[name])
-    parts, emnist = [], name.startswith("emnist")
+    kind, parts, emnist = getattr(datasets, TORCHVISION[name]), [], name.startswith("emnist")
     for train in (True, False):
         keywords = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
         keywords |= {"split": name.removeprefix("emnist-")} if emnist else {}

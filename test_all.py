@@ -1043,7 +1043,7 @@ STEMS = {"vae": ["--steps", 3, "--latent-dim", 4], "latent": [], "hybrids": ["--
 
 @pytest.mark.parametrize("most", [0, 500, 20_000])
 @pytest.mark.parametrize("script", STEMS)
-def test_a_full_disk_leaves_no_half_of_a_file(copy, capsys, monkeypatch, script, most):
+def test_a_full_disk_leaves_no_half_of_a_file(copy, capsys, script, most):
     """No file may grow beyond `most` bytes: writing fails as it does where no space is left."""
     resource = pytest.importorskip("resource")
     stem = copy / f"{script}.{'json' if script == 'compare' else 'pt'}"
@@ -1150,11 +1150,11 @@ def test_changed_cells_are_computed_again(grid, tmp_path):
     assert (out / "compare.csv").read_text() == (grid / "compare.csv").read_text()
 
 
-def torchrun(ranks, script, *words):
+def torchrun(ranks, script, *words, **env):
     """-> the process; its ranks log below nothing, and see one processor thread each."""
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
                              f"--nproc-per-node={ranks}", str(script), *map(str, words)],
-                            env=ENV, cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            env=ENV | env, cwd=HERE, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -1205,11 +1205,9 @@ sys.exit(code)
 def test_two_ranks_train_one_model(copy, tmp_path, name, kind):
     (tmp_path / "watched.py").write_text(WATCHED)
     npz(copy.parent / "tiny.npz")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(tmp_path / "watched.py"), name, kind, str(tmp_path), "-o", str(copy), "--steps", "40",
-         "--dataset", str(copy.parent / "tiny.npz"), "--threads", "1", "--quiet"],
-        env=ENV | {"PYTHONPATH": str(HERE)}, start_new_session=True)
+    process = torchrun(2, tmp_path / "watched.py", name, kind, tmp_path, "-o", copy, "--steps", 40,
+                       "--dataset", copy.parent / "tiny.npz", "--threads", 1, "--quiet",
+                       PYTHONPATH=str(HERE))
     before = read(copy / f"{name}.pt")["metrics"]
     assert process.wait(timeout=200) == 0
     one, two = read(tmp_path / "rank0.pt"), read(tmp_path / "rank1.pt")
@@ -1316,6 +1314,7 @@ def test_make_quick_and_then_nothing(tree, tmp_path):
     for name, end in [*itertools.product(STEPS, ("pt", "json", "png")), *itertools.product(
             ["compare"], ("json", "csv", "png"))]:
         assert (tmp_path / "out" / f"{name}.{end}").exists()
+    assert Image.open(tmp_path / "out/summary.png").width > 1000
     assert ".py" not in make(tree, *words)
 
 
