@@ -3,8 +3,8 @@
     python compare.py                                  # runs/glyphs: 2 sizes x 5 subsets x 3 arms
     python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
 
-Every arm of one size and subset has the same images, initial weights and number of steps, and the
-VAE sees no other images. The last step's score counts; none is picked.
+Every arm of one size and subset has the same images, initial weights and number of steps; the VAE
+sees no others, unless told to. The last step's score counts; none is picked.
 
 Reads:  a data set (the one of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
 Writes: compare.json compare.csv compare.png, summary.png, and cells/, from which a grid goes on.
@@ -50,8 +50,7 @@ ARMS = {
     "prior hybrid": Arm("prior", "density"),            # the idea as first stated
     "augment+mixup": Arm(mix="mixup", augment=True),
     "augment+hybrid": Arm("between", augment=True),
-    # Controls: where does a gain come from?
-    "weight labels": Arm("between", "weight"),
+    "weight labels": Arm("between", "weight"),          # the controls: where is a gain from?
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
     "mixup density labels": Arm("pixels", "density"),   # the same pairs, mixed as images
@@ -79,7 +78,7 @@ def generator(images, seed):
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
 
-    def __init__(self, images, y, classes, seed, recipe, views=0, model=None):
+    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, others=None):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
         g, x = generator(images, seed), images.float() / 255
         seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
@@ -87,6 +86,12 @@ class Source:
         model = model or train_vae(self.images, seed, recipe)
         self.decode = lambda z: vae.decode_all(model, z, amp)
         self.mu, self.logvar = vae.encode_all(model, self.images, amp)
+        if others is not None:          # images without labels: the cell's are spread to them
+            more = torch.cat([images, others[latent.spread(len(others), POOL)]])
+            mu, logvar = vae.encode_all(model, more, amp)
+            if (found := latent.spread_labels(mu, y, classes)) is not None:
+                self.images, self.y, self.mu, self.logvar = (
+                    v[found >= 0] for v in (more, found, mu, logvar))
         posterior = self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
         self.classify = lambda x: posterior(*vae.encode_all(model, x, amp))
 
@@ -124,29 +129,27 @@ def cell(folder, n, seed, arm, recipe):
     except (OSError, ValueError, TypeError):
         return file, None
 
-def run_cells(unit, *, data, arms, recipes, folder, shared_vae):
+def run_cells(unit, *, data, arms, recipes, folder, shared):
     """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
     (n, seed), recipe = unit, recipes[unit[0]]
-    cells = {arm: cell(folder, n, seed, arm, recipe) for arm in arms}
-    todo = {arm: file for arm, (file, row) in cells.items() if not row}
+    cells = [(arm, *cell(folder, n, seed, arm, recipe)) for arm in arms]
     device, classes = data.images.device, len(data.classes)
     try:
         pool, validation = common.split(data)
-        rows = common.subset(data, pool, n, seed).to(device)
-        held = validation[latent.spread(len(validation), 1000)].to(device)
-        x, y = data.images[rows], data.labels[rows]
-        images, labels = (data.test_images, data.test_labels) if recipe["score"] == "test" else \
-            (data.images[validation.to(device)], data.labels[validation.to(device)])
-        source = functools.cache(lambda views: Source(
-            x, y, classes, seed, recipe, VIEWS * views, shared_vae))
-        for arm, file in todo.items():
+        take = lambda rows: (data.images[rows.to(device)], data.labels[rows.to(device)])
+        x, y = take(common.subset(data, pool, n, seed))
+        held = take(validation[latent.spread(len(validation), 1000)])
+        judged = (data.test_images, data.test_labels) if recipe["score"] == "test" \
+            else take(validation)
+        made = functools.cache(lambda *how: Source(x, y, classes, seed, recipe, *how))
+        source = lambda augment: made(*(shared or [VIEWS * augment]))
+        for arm, file in [(arm, file) for arm, file, row in cells if not row]:
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
             else:
                 model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
-            row = {"n": n, "seed": seed, "arm": arm, **cnn.judge(
-                logits_of, images, labels, data.images[held], data.labels[held])}
+            row = {"n": n, "seed": seed, "arm": arm, **cnn.judge(logits_of, *judged, *held)}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
         return unit, (str(error) or repr(error)).splitlines()[0]        # the grid goes on
@@ -257,15 +260,14 @@ def parse_args(argv=None):
         metavar="ARM", help="of: " + ", ".join(ARMS))
     add("--score", choices=["test", "validation"], default="test", help="which images judge")
     add("--vae-data", choices=["subset", "all"], default="subset", help="the VAE sees the cell's n "
-        "images, or all of them without labels")
+        "images, or all, and labels are spread to those without")
     add("--steps", type=common.number(int, 1), help="of every CNN; without it " + ", ".join(
         f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400; for colour twice as many")
     add("--width", type=common.number(int, 1, 1024), default=32, help="of a CNN's first block")
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
-    add("--vae-steps", type=common.number(int, 1), default=600, help="of every VAE")
+    add("--vae-steps", type=common.number(int, 1), help="of a VAE; else 600, 3000 if it sees all")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
-    add("--jobs", type=common.number(int, 1), help="processes of one thread each; without it one "
-        "a core, and one on a GPU or a rank")
+    add("--jobs", type=common.number(int, 1), help="processes; else one a core, and one on a GPU")
     add("--gather", action="store_true", help="train nothing: make the result of finished cells")
     return parser.parse_args(argv)
 
@@ -343,6 +345,7 @@ def command(args):
     if max(args.sizes) > len(pool):
         print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
     facts = data.facts(args)
+    args.vae_steps = args.vae_steps or {"subset": 600, "all": 3000}[args.vae_data]
     recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
         key: vars(args)[key] for key in
         ("score", "vae_data", "latent_dim", "vae_steps", "width", "weight_decay")}}
@@ -351,20 +354,18 @@ def command(args):
     seeds = range(args.seed, args.seed + args.seeds)
     recipes = {n: {**recipe, "steps": args.steps or (2 if facts["shape"][0] == 3 else 1) * next(
         (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
-
     def found(n, seed):
         return list(filter(None, (cell(folder, n, seed, arm, recipes[n])[1] for arm in arms)))
-
     # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
     units = list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
     units = [unit for unit in units if len(found(*unit)) < len(arms)]
     failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
     units = [] if args.gather else units
     jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
-    shared = train_vae(data.images[pool.to(device)], 0, recipe) \
-        if args.vae_data == "all" and units else None
+    everything = data.images[pool.to(device)] if args.vae_data == "all" and units else None
+    shared = None if everything is None else (0, train_vae(everything, 0, recipe), everything)
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
-                             shared_vae=shared)
+                             shared=shared)
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
                        vae.Progress(len(units), "subsets", args.quiet))
     if common.RANKS > 1:

@@ -145,6 +145,33 @@ def class_means(mu, y, classes):
     one_hot = F.one_hot(y, classes).to(mu)
     return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
 
+def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
+    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives; or None.
+
+    Label spreading (Zhou et al. 2004), F <- alpha D^-1/2 W D^-1/2 F + (1-alpha) Y, W of nearest
+    neighbours. None, if they mislead: each half of y must predict most of the other half.
+    """
+    parts = [torch.cdist(some, mu).topk(min(neighbours + 1, len(mu)), largest=False)
+             for some in mu.split(1000)]                # the nearest of all is the code itself
+    far, near = (torch.cat(part)[:, 1:] for part in zip(*parts))
+    weight = (-(far / far[:, -1:].clamp(min=1e-12)).square()).exp()
+
+    def smooth(f):                                      # (V + V^T) f, V the directed graph
+        back = (weight[:, :, None] * f[:, None]).flatten(0, 1)
+        return (weight[:, :, None] * f[near]).sum(1).index_add_(0, near.flatten(), back)
+    scale = smooth(torch.ones(len(mu), 1, device=mu.device)).clamp(min=1e-12).rsqrt()
+
+    def spread_from(rows):
+        f = start = torch.zeros(len(mu), classes, device=mu.device)
+        start[rows, y[rows]] = 1 - alpha
+        for _ in range(rounds):
+            f = alpha * scale * smooth(scale * f) + start
+        return f.argmax(1).where(f.amax(1) > 0, -1)
+    order = y.argsort(stable=True)                      # every other one: half of each class
+    right = [spread_from(order[k::2])[order[1 - k::2]] == y[order[1 - k::2]] for k in (0, 1)]
+    trusted = torch.cat(right).float().mean() > 0.5
+    return torch.cat([y, spread_from(order)[len(y):]]) if trusted else None
+
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
     centre = mu.mean(0) if len(mu) else 0               # smaller numbers cancel less

@@ -242,6 +242,48 @@ def test_calibrate_finds_the_smallest_held_out_nll():
     assert best != 20 and nll(posterior) <= min(nll(fit(h)) for h in (0.1, 1.0, 20.0)) + 1e-6
 
 
+def test_labels_are_spread_along_the_clusters_and_not_across():
+    g, turns = seeded(), torch.linspace(0, math.pi, 200)
+    moon = torch.stack([turns.cos(), turns.sin()], 1)
+    mu = torch.cat([moon, torch.tensor([1.0, 0.4]) - moon])
+    mu += 0.05 * torch.randn(400, 2, generator=g)
+    y = torch.arange(2).repeat_interleave(200)
+    order = torch.cat([torch.tensor([0, 100, 200, 300]), torch.randperm(400, generator=g)])
+    found = latent.spread_labels(mu[order], y[order[:4]], 2)
+    assert found.dtype == torch.long and (found == y[order]).float().mean() > 0.98
+    own = torch.cdist(mu[order], mu[order[:4]]).argmin(1)       # the nearest label would not do
+    assert (y[order[:4]][own] == y[order]).float().mean() < 0.9
+
+
+def test_label_spreading_solves_its_equation():
+    mu, _, y = codes(30, 3)
+    d = torch.cdist(mu, mu)
+    near = d.argsort(1)[:, 1:5]
+    w = torch.zeros(30, 30).scatter_(1, near, (-(d.gather(1, near) / d.gather(1, near)[:, -1:])
+                                               .square()).exp())
+    w = w + w.T
+    s = w / (w.sum(0)[:, None] * w.sum(0)).sqrt()
+    f = torch.linalg.solve(torch.eye(30) - 0.9 * s, F.one_hot(y, 3).float() *
+                           (torch.arange(30) < 20)[:, None])
+    found = latent.spread_labels(mu, y[:20], 3, neighbours=4, alpha=0.9)
+    assert torch.equal(found, torch.cat([y[:20], f.argmax(1)[20:]]))
+
+
+def test_labels_that_do_not_predict_each_other_are_not_spread():
+    mu, y = torch.randn(300, 4, generator=seeded()), torch.arange(60) % 6
+    assert latent.spread_labels(mu, y, 6) is None
+    assert latent.spread_labels(mu[:7], y[:1], 6) is None       # one label: nothing to judge by
+
+
+def test_no_label_reaches_an_island():
+    mu = torch.randn(90, 2, generator=seeded()) * 0.1
+    mu[30:60] += 5
+    mu[60:] += 50
+    order = torch.cat([torch.tensor([0, 1, 31, 32]), torch.arange(90)])
+    found = latent.spread_labels(mu[order], torch.tensor([0, 0, 1, 1]), 2)
+    assert found[4:].tolist() == [0] * 30 + [1] * 30 + [-1] * 30
+
+
 # ---- oracle maths: images and labels ----------------------------------------------------------
 
 def test_elbo_terms():
@@ -887,13 +929,25 @@ def test_every_arm_and_the_other_regime(copy, capsys):
     assert capsys.readouterr().out.count("inconclusive") >= len(compare.ARMS) - 1
 
 
+def test_labels_reach_the_images_that_have_none():
+    x, y = easy(300)
+    recipe = dict(steps=4, vae_steps=120, latent_dim=2, amp=False)
+    model = compare.train_vae(x, 0, recipe)
+    few, many = (compare.Source(x[:n], y[:n], 3, 0, recipe, 0, model, others)
+                 for n, others in ((12, None), (12, x)))
+    assert len(few.y) == 12 and len(many.y) == 312 and torch.equal(many.images[12:], x)
+    assert (many.y[12:] == y).float().mean() > 0.9
+    blurred = compare.Source(x[:12], torch.arange(12) % 5, 5, 0, recipe, 0, model, x)
+    assert len(blurred.y) == 12         # these labels mislead
+
+
 def test_a_failing_size_is_recorded_and_the_others_go_on(grid, tmp_path):
     same = dict(score="test", steps=8, width=4, vae_steps=8, latent_dim=4, amp=False)
     recipes = {n: dict(same, weight_decay=decay)
                for n, decay in ((12, 0.05), (30, 1e30))}     # the larger one cannot stay finite
     work = functools.partial(compare.run_cells, data=dataset(grid / "tiny.npz", tmp_path),
                              arms=["real"], recipes=recipes, folder=tmp_path,
-                             shared_vae=None)
+                             shared=None)
     failed, = compare.run_grid([(30, 0), (12, 0)], work, 1, 1, lambda *progress: None)
     assert "n=30 subset 0" in failed and "not finite" in failed
     assert [f.name.split("-")[0] for f in tmp_path.glob("*.json")] == ["12"]

@@ -28,7 +28,7 @@ class VAE(nn.Module):
     """
 
     def __init__(self, channels: int, height: int, width: int, latent_dim: int = 16,
-                 hidden: int = 64, units: int = 400):
+                 hidden: int = 32, units: int = 400):
         super().__init__()
         self.config = dict(channels=channels, height=height, width=width,
                            latent_dim=latent_dim, hidden=hidden, units=units)
