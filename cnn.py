@@ -96,11 +96,12 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=())
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
     `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share` is
-    the part of the first and of the last batch, linear in between, that is drawn from hybrids and
-    given to `mix`. Both it and the `transforms` of the whole batch map (x, q, generator) -> (x, q).
+    the part of a batch that is drawn from hybrids and given to `mix`: in the first half of the
+    training, and in its last quarter; linear in between. Both mix and the `transforms` of the
+    whole batch map (x, q, generator) -> (x, q).
     """
     def next_batch(generator, done):
-        part = share[0] + (share[1] - share[0]) * done
+        part = share[0] + (share[1] - share[0]) * min(max(4 * done - 2, 0), 1)
         made, parts = round(size * part) if hybrids or mix else 0, []
         for (images, q), count in ((hybrids or real, made), (real, size - made)):
             rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
@@ -202,11 +203,11 @@ def parse_args(argv=None):
     add("--images", type=common.number(int, 1), help="train on this many real images, equal "
         "numbers a class; without it on those that the VAE saw")
     add("--hybrid-fraction", type=common.number(float, 0, 1), default=[1.0, 0.0], nargs="+",
-        metavar="SHARE", help="of the first and the last batch, linear between, or of every batch; "
-        "0 is the plain CNN, 1 sees no real image")
+        metavar="SHARE", help="in the first half and in the last quarter, linear between; or "
+        "always; 0 is the plain CNN, 1 sees no real image")
     add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
     add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with Beta(ALPHA, ALPHA) in that share; without hybrids from all to none")
+        help="mixup with Beta(ALPHA, ALPHA) in that share; without hybrids all, then none")
     add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
         help="cutmix likewise; 0 is off")
     add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")
@@ -320,7 +321,8 @@ def command(args):
     common.save(args.out / "cnn.pt", args, data, metrics, made_from, config=model.config,
                 model=model.cpu().state_dict())
     (args.out / "cnn.last.pt").unlink(missing_ok=True)
-    print(f"{len(x):,} real images, {sum(share) / 2:.0%} hybrids on average; on {len(q):,} test:")
+    mean = (5 * share[0] + 3 * share[1]) / 8
+    print(f"{len(x):,} real images, {mean:.0%} hybrids on average; on {len(q):,} test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))
     print(args.out / "cnn.png", args.out / "cnn.pt", sep="\n")

@@ -35,7 +35,7 @@ class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
     strategy: str = ""
     label: str = "product"
-    share: tuple = (1.0, 0.0)           # of hybrid or mixed images: in the first, the last batch
+    share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
     mix: str = ""                       # mixup or cutmix
     augment: bool = False
@@ -60,7 +60,7 @@ ARMS = {
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
-VIEWS = 9                               # augmented ones of an image, for augment+hybrid's VAE
+ALPHA, VIEWS = 4, 9                     # mixup's; augmented images that augment+hybrid's VAE sees
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
@@ -109,7 +109,7 @@ def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
     real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
     made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
-    mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
+    mix = {"mixup": functools.partial(cnn.mixup, alpha=ALPHA), "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device, memory_format=torch.channels_last)

@@ -421,7 +421,8 @@ def test_batches_hold_the_stated_share_of_hybrids():
     real = torch.zeros(9, 1, 16, 16).byte(), torch.eye(9)
     made = torch.full((5, 1, 16, 16), 255).byte(), torch.eye(9)[:5]
     for share, done, wanted in (((0, 0), 0, 0), ((0.25, 0.25), 0.7, 10), ((1, 1), 0.9, 40),
-                                ((1, 0), 0, 40), ((1, 0), 0.25, 30), ((0.5, 1), 0.5, 30)):
+                                ((1, 0), 0.5, 40), ((1, 0), 0.5625, 30), ((1, 0), 0.75, 0),
+                                ((0.5, 1), 0.625, 30)):
         x, q = cnn.batches(real, 40, made, share=share)(seeded(), done)
         assert x.shape == (40, 1, 16, 16) and q.shape == (40, 9)
         assert (x.amax((1, 2, 3)) == 1).sum() == wanted and x.amin() in (0, 1)
