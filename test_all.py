@@ -1472,7 +1472,7 @@ def bench_data():
     return str(REAL_DATA) if (REAL_DATA / "MNIST").is_dir() else "data"
 
 
-def plain_loop(model, loss_of, steps=60, batch=64):
+def plain_loop(model, loss_of, batch, steps=60):
     """Images a second of the same model in float32, contiguous, fed by a DataLoader."""
     from torchvision import datasets, transforms
     loader = torch.utils.data.DataLoader(
@@ -1485,7 +1485,8 @@ def plain_loop(model, loss_of, steps=60, batch=64):
     return steps * batch / (time.perf_counter() - start)
 
 
-def bench(cnn_steps=300, cnn_lr=6e-3, vae_steps=1200, vae_lr=4e-3, batch=64):
+def bench(width=16, cnn_steps=450, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, vae_lr=5e-3,
+          vae_batch=64):
     """Train on all of MNIST as long as it takes; print a table and write assets/bench.json."""
     threads, rows = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), []
     args = vae.parse_args(["--dataset", "mnist", "--data-dir", bench_data(), "-o", "runs/bench",
@@ -1509,20 +1510,24 @@ def bench(cnn_steps=300, cnn_lr=6e-3, vae_steps=1200, vae_lr=4e-3, batch=64):
             pass
 
     torch.manual_seed(0)
-    plain, model = cnn.CNN(1, 10), cnn.CNN(1, 10).to(device, memory_format=torch.channels_last)
+    plain, model = cnn.CNN(1, 10, width), cnn.CNN(1, 10, width).to(
+        device, memory_format=torch.channels_last)
     real = data.images, F.one_hot(data.labels, 10).float()
     right = lambda: cnn.predict(model, data.test_images, amp).argmax(1) == data.test_labels
-    note(f"CNN, {cnn_steps:,} steps of {batch}",
+    note(f"CNN of width {width}, {cnn_steps:,} steps of {cnn_batch}",
          lambda: f"{100 * right().float().mean().item():.2f}% on test",
-        batch * cnn_steps, lambda: fit(cnn, model, cnn.batches(real, batch), cnn_steps, cnn_lr),
-        plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y)))
+        cnn_batch * cnn_steps, lambda: fit(
+            cnn, model, cnn.batches(real, cnn_batch), cnn_steps, cnn_lr),
+        plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y), cnn_batch))
     flat, model = vae.VAE(1, 28, 28), vae.VAE(1, 28, 28).to(
         device, memory_format=torch.channels_last)
-    note(f"VAE, {vae_steps:,} steps of {batch}", lambda: "{negative_elbo:.1f} nats on test".format(
-        **vae.evaluate(model, data.test_images, generator=generator.manual_seed(1), amp=amp)),
-        batch * vae_steps, lambda: fit(
-            vae, model, vae.batches(data.images, batch), vae_steps, vae_lr),
-        plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:]))))
+    elbo = lambda: vae.evaluate(model, data.test_images, generator=generator.manual_seed(1), amp=amp)
+    note(f"VAE, {vae_steps:,} steps of {vae_batch}",
+         lambda: f"{elbo()['negative_elbo']:.1f} nats on test",
+        vae_batch * vae_steps, lambda: fit(
+            vae, model, vae.batches(data.images, vae_batch), vae_steps, vae_lr),
+        plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:])),
+                   vae_batch))
 
     def percentages():
         mu, logvar = vae.encode_all(model, data.images, amp)
