@@ -1521,7 +1521,8 @@ def bench(width=16, cnn_steps=450, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, va
         plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y), cnn_batch))
     flat, model = vae.VAE(1, 28, 28), vae.VAE(1, 28, 28).to(
         device, memory_format=torch.channels_last)
-    elbo = lambda: vae.evaluate(model, data.test_images, generator=generator.manual_seed(1), amp=amp)
+    elbo = lambda: vae.evaluate(model, data.test_images, amp=amp,
+                                generator=generator.manual_seed(1))
     note(f"VAE, {vae_steps:,} steps of {vae_batch}",
          lambda: f"{elbo()['negative_elbo']:.1f} nats on test",
         vae_batch * vae_steps, lambda: fit(
