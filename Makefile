@@ -25,7 +25,7 @@ LATER  := -o $(OUT) --device $(DEVICE)
 MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
 CHECKS := real real+hybrid cutmix 'weight labels' 'density labels' 'no residual' \
           'mixup density labels' reconstructions 'latent posterior'
-LABELS := real mixup real+hybrid reconstructions 'latent posterior'
+LABELS := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
@@ -82,7 +82,8 @@ evidence: $(READY)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/far --sizes 50 3000 --seeds 6 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
-	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all --arms $(LABELS)
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all \
+	  --arms $(LABELS)
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv

@@ -1,6 +1,6 @@
 """Train an image classifier on probabilities: real images, hybrids, or both.
 
-    python cnn.py                                      # real and hybrid images, half and half
+    python cnn.py                                      # hybrids at first, real images in the end
     python cnn.py -o runs/mnist --hybrid-fraction 0    # the plain CNN: real images only
     python cnn.py --dataset mnist --hybrid-fraction 0 --augment --mixup 0.5   # no VAE needed
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
@@ -152,8 +152,8 @@ def beta(x, alpha, generator):
     mass = (alpha * (F.logsigmoid(grid) + F.logsigmoid(-grid))).exp().cumsum(0)
     return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
 
-def mixup(x, q, generator, alpha=1.0):
-    """A convex combination of two images and of their labels (Zhang et al. 2018)."""
+def mixup(x, q, generator, alpha=4.0):
+    """A convex combination of two images and their labels (Zhang et al. 2018), alpha our best."""
     t = beta(x, alpha, generator)
     other = torch.randperm(len(x), device=x.device, generator=generator)
     w = t[:, None, None, None]
@@ -184,8 +184,8 @@ def corrupt(images, seed=0):
 
 def judge(logits_of, images, y, held, held_y) -> dict:
     """Scores on images, plain and after one temperature fitted on held-out images."""
-    from latent import scores, spread
-    logits, held_logits, few = logits_of(images), logits_of(held), spread(len(y), 2000)
+    from latent import scores, subsample
+    logits, held_logits, few = logits_of(images), logits_of(held), subsample(len(y), 2000)
     best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
                key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
     scaled = scores((logits / best).softmax(1), y)
@@ -220,7 +220,7 @@ def parse_args(argv=None):
         "all pictures in a folder as CSV, and stop")
     args = parser.parse_args(argv)
     if len(args.hybrid_fraction) > 2:
-        parser.error("--hybrid-fraction takes one share, or a first and a last one")
+        parser.error("--hybrid-fraction takes one share, or one at first and one in the end")
     return args
 
 def draw(history, q, y, classes):

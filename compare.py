@@ -55,12 +55,13 @@ ARMS = {
     "no residual": Arm("between", residual=False),
     "mixup density labels": Arm("pixels", "density"),   # the same pairs, mixed as images
     "reconstructions": Arm("around", "weight", residual=False),
+    "pseudo-labels": Arm("images", "weight"),           # of --vae-data all, on the images as such
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
-ALPHA, VIEWS = 4, 9                     # mixup's; augmented images that augment+hybrid's VAE sees
+VIEWS = 9                               # augmented ones of an image, for augment+hybrid's VAE
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
@@ -78,7 +79,7 @@ def generator(images, seed):
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
 
-    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, others=None):
+    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, unlabelled=None):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
         g, x = generator(images, seed), images.float() / 255
         seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
@@ -86,9 +87,8 @@ class Source:
         model = model or train_vae(self.images, seed, recipe)
         self.decode = lambda z: vae.decode_all(model, z, amp)
         self.mu, self.logvar = vae.encode_all(model, self.images, amp)
-        if others is not None:          # images without labels: the cell's are spread to them
-            more = torch.cat([images, others[latent.spread(len(others), POOL)]])
-            mu, logvar = vae.encode_all(model, more, amp)
+        if unlabelled is not None:      # the labels of the cell are spread to these
+            mu, logvar = vae.encode_all(model, more := torch.cat([images, unlabelled]), amp)
             if (found := latent.spread_labels(mu, y, classes)) is not None:
                 self.images, self.y, self.mu, self.logvar = (
                     v[found >= 0] for v in (more, found, mu, logvar))
@@ -97,11 +97,11 @@ class Source:
 
     def pool(self, strategy, rule, residual):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
-        g, pixels = generator(self.mu, self.seed), strategy == "pixels"
-        points = hybrids.sample("between" if pixels else strategy, self.count, self.mu,
-                                self.logvar, self.y, self.posterior, g)
+        g, pixels = generator(self.mu, self.seed), {"pixels": "between", "images": "around"}
+        points = hybrids.sample(pixels.get(strategy, strategy), self.count, self.mu, self.logvar,
+                                self.y, self.posterior, g)
         # A decoder that keeps nothing leaves all to the residual: mixup.
-        decode = (lambda z: torch.zeros(1, device=z.device)) if pixels else self.decode
+        decode = (lambda z: z.new_zeros(1)) if strategy in pixels else self.decode
         x = hybrids.render(points, decode, self.mu, self.images, residual)
         return (x * 255).round().byte(), hybrids.label(rule, points, self.y, self.posterior, g)
 
@@ -109,7 +109,7 @@ def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
     real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
     made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
-    mix = {"mixup": functools.partial(cnn.mixup, alpha=ALPHA), "cutmix": cnn.cutmix}.get(arm.mix)
+    mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device, memory_format=torch.channels_last)
@@ -138,12 +138,12 @@ def run_cells(unit, *, data, arms, recipes, folder, shared):
         pool, validation = common.split(data)
         take = lambda rows: (data.images[rows.to(device)], data.labels[rows.to(device)])
         x, y = take(common.subset(data, pool, n, seed))
-        held = take(validation[latent.spread(len(validation), 1000)])
+        held = take(validation[latent.subsample(len(validation), 1000)])
         judged = (data.test_images, data.test_labels) if recipe["score"] == "test" \
             else take(validation)
-        made = functools.cache(lambda *how: Source(x, y, classes, seed, recipe, *how))
-        source = lambda augment: made(*(shared or [VIEWS * augment]))
-        for arm, file in [(arm, file) for arm, file, row in cells if not row]:
+        make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
+        source = lambda augment: make(0 if shared else VIEWS * augment)
+        for arm, file, _ in filter(lambda found: not found[2], cells):
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
             else:
@@ -295,9 +295,8 @@ def curves(left, right, table, rows, facts, args):
     vae.tidy(right, "How much better than real images alone?", what, "paired difference, points")
     sizes = sorted({e["n"] for e in table})
     for axes in (left, right):
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=[])
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
-        axes.minorticks_off()
     left.set_ylim(*np.clip(left.get_ylim(), 0, 100))     # no bar goes beyond
     left.legend(frameon=False, fontsize=9, loc="lower right")
     left.figure.supxlabel("; ".join([
@@ -362,8 +361,9 @@ def command(args):
     failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
     units = [] if args.gather else units
     jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
-    everything = data.images[pool.to(device)] if args.vae_data == "all" and units else None
-    shared = None if everything is None else (0, train_vae(everything, 0, recipe), everything)
+    images = data.images[pool.to(device)] if args.vae_data == "all" and units else None
+    shared = {} if images is None else {"model": train_vae(images, 0, recipe),
+                                        "unlabelled": images[latent.subsample(len(images), POOL)]}
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared=shared)
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,

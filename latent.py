@@ -90,7 +90,7 @@ class Aggregate(Posterior):
 
     def leave_one_out(self, limit=2000):
         """log p(z_i|c) (M,K), labels (M,) of at most `limit` of the codes, each without itself."""
-        own = spread(len(self.mu), limit).to(self.mu.device)
+        own = subsample(len(self.mu), limit).to(self.mu.device)
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
         return self.log_density(self.mu[own], own=own), y.to(own.device)[own]
 
@@ -112,7 +112,7 @@ class Gaussian(Posterior):
         mixed /= ((1 - shrinkage) * counts + shrinkage * len(y)).clamp(min=1e-6)[:, None, None]
         trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         posterior = cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
-        return posterior.set_floor(posterior.log_density(mu[spread(len(mu), 2000)]))
+        return posterior.set_floor(posterior.log_density(mu[subsample(len(mu), 2000)]))
 
     def log_density(self, z, logvar=None):
         """log p(z|c) (M,K); with logvar (M,D) integrated over each image's own width."""
@@ -148,29 +148,30 @@ def class_means(mu, y, classes):
 def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
     """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives; or None.
 
-    Label spreading (Zhou et al. 2004), F <- alpha D^-1/2 W D^-1/2 F + (1-alpha) Y, W of nearest
-    neighbours. None, if they mislead: each half of y must predict most of the other half.
+    Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 (V+V^T) D^-1/2,
+    V_ij = exp(-(d_ij / d_i,10)^2) to the ten nearest. None, if the labels mislead: each half of y
+    has to predict most of the other half, in the classes that both hold.
     """
     parts = [torch.cdist(some, mu).topk(min(neighbours + 1, len(mu)), largest=False)
-             for some in mu.split(1000)]                # the nearest of all is the code itself
-    far, near = (torch.cat(part)[:, 1:] for part in zip(*parts))
+             for some in mu.split(max(1, 2 ** 24 // len(mu)))]   # the nearest is the code itself
+    far, near = (torch.cat(part)[:, 1:].cpu() for part in zip(*parts))
     weight = (-(far / far[:, -1:].clamp(min=1e-12)).square()).exp()
-
-    def smooth(f):                                      # (V + V^T) f, V the directed graph
-        back = (weight[:, :, None] * f[:, None]).flatten(0, 1)
-        return (weight[:, :, None] * f[near]).sum(1).index_add_(0, near.flatten(), back)
-    scale = smooth(torch.ones(len(mu), 1, device=mu.device)).clamp(min=1e-12).rsqrt()
+    pairs = torch.stack([torch.arange(len(mu)).repeat_interleave(near.shape[1]), near.flatten()])
+    w = torch.sparse_coo_tensor(pairs, weight.flatten(), [len(mu)] * 2, check_invariants=False)
+    w = (w + w.T).coalesce()
+    scale = (w @ torch.ones(len(mu), 1)).clamp(min=1e-12).rsqrt()
 
     def spread_from(rows):
-        f = start = torch.zeros(len(mu), classes, device=mu.device)
-        start[rows, y[rows]] = 1 - alpha
+        f = start = torch.zeros(len(mu), classes)
+        start[rows, own[rows]] = 1 - alpha
         for _ in range(rounds):
-            f = alpha * scale * smooth(scale * f) + start
+            f = alpha * scale * (w @ (scale * f)) + start
         return f.argmax(1).where(f.amax(1) > 0, -1)
-    order = y.argsort(stable=True)                      # every other one: half of each class
-    right = [spread_from(order[k::2])[order[1 - k::2]] == y[order[1 - k::2]] for k in (0, 1)]
-    trusted = torch.cat(right).float().mean() > 0.5
-    return torch.cat([y, spread_from(order)[len(y):]]) if trusted else None
+    own, order, right = y.cpu(), y.cpu().argsort(stable=True), []    # every other: half a class
+    for one, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+        right.append((spread_from(one)[other] == own[other])[torch.isin(own[other], own[one])])
+    found = torch.cat([own, spread_from(order)[len(y):]]).to(y.device)
+    return found if torch.cat(right).float().mean() > 0.5 + 0.5 / classes else None
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
@@ -204,7 +205,7 @@ def best_temperature(posterior, log_density, y):
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
     """fit(choice), choice: of smallest NLL on held-out codes mu, logvar (V,D), y (V,), as is T."""
-    few, tried = spread(len(y), limit), []
+    few, tried = subsample(len(y), limit), []
     for choice in choices:
         posterior = fit(choice)
         found = posterior.log_density(mu[few], logvar[few])
@@ -213,7 +214,7 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
     posterior.temperature, _ = best_temperature(posterior, posterior.log_density(mu, logvar), y)
     return posterior, min(tried)[1]
 
-def spread(n, most):
+def subsample(n, most):
     """At most `most` of the rows 0..n-1, at random but always the same ones, in order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort()[0]
 
@@ -264,8 +265,7 @@ def words(q, classes, most=2) -> str:
 
 def ranking(q, classes) -> str:
     """All percentages, a line a class, the likeliest first."""
-    order = q.argsort(descending=True)
-    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in order)
+    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True))
 
 # ---- command ---------------------------------------------------------------------------------
 
@@ -358,10 +358,10 @@ def command(args):
     data = common.load_dataset(args, device, upstream)
     rows, validation = upstream["rows"].to(device), common.split(data)[1]
     y, y_test, classes = data.labels[rows], data.test_labels, len(data.classes)
-    held = validation[spread(len(validation), 2000)].to(device)
+    held = validation[subsample(len(validation), 2000)].to(device)
     codes, held_codes, test_codes = (encode_all(model, x, amp) for x in (
         data.images[rows], data.images[held], data.test_images))
-    part = [v[spread(len(rows), args.codes).to(device)] for v in (*codes, y)]
+    part = [v[subsample(len(rows), args.codes).to(device)] for v in (*codes, y)]
     fits = {"aggregate": (lambda a: Aggregate.fit(*part, classes, a), (0.25, 0.5, 0.75, 1.0, 1.5)),
             "gaussian": (lambda a: Gaussian.fit(*part, classes, a), (0.0, 0.1, 0.5, 1.0))}
 

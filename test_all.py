@@ -272,6 +272,12 @@ def test_label_spreading_solves_its_equation():
 def test_labels_that_do_not_predict_each_other_are_not_spread():
     mu, y = torch.randn(300, 4, generator=seeded()), torch.arange(60) % 6
     assert latent.spread_labels(mu, y, 6) is None
+    noise = [latent.spread_labels(torch.randn(200, 4, generator=seeded(s)), torch.arange(40) % 2, 2)
+             for s in range(10)]
+    assert sum(found is not None for found in noise) <= 1       # half of them right is no skill
+    centre = 9 * torch.randn(12, 4, generator=seeded()).repeat(20, 1)
+    alone = latent.spread_labels(centre + torch.randn(240, 4) * 0.1, torch.arange(16) % 12, 12)
+    assert torch.equal(alone, torch.arange(240) % 12)           # eight classes of one label each
     assert latent.spread_labels(mu[:7], y[:1], 6) is None       # one label: nothing to judge by
 
 
@@ -421,6 +427,7 @@ def test_batches_hold_the_stated_share_of_hybrids():
     real = torch.zeros(9, 1, 16, 16).byte(), torch.eye(9)
     made = torch.full((5, 1, 16, 16), 255).byte(), torch.eye(9)[:5]
     for share, done, wanted in (((0, 0), 0, 0), ((0.25, 0.25), 0.7, 10), ((1, 1), 0.9, 40),
+                                ((1, 0), 0, 40), ((1, 0), 0.99, 0), ((0.5, 1), 0.1, 20),
                                 ((1, 0), 0.5, 40), ((1, 0), 0.5625, 30), ((1, 0), 0.75, 0),
                                 ((0.5, 1), 0.625, 30)):
         x, q = cnn.batches(real, 40, made, share=share)(seeded(), done)
@@ -934,8 +941,8 @@ def test_labels_reach_the_images_that_have_none():
     x, y = easy(300)
     recipe = dict(steps=4, vae_steps=120, latent_dim=2, amp=False)
     model = compare.train_vae(x, 0, recipe)
-    few, many = (compare.Source(x[:n], y[:n], 3, 0, recipe, 0, model, others)
-                 for n, others in ((12, None), (12, x)))
+    few, many = (compare.Source(x[:12], y[:12], 3, 0, recipe, 0, model, others)
+                 for others in (None, x))
     assert len(few.y) == 12 and len(many.y) == 312 and torch.equal(many.images[12:], x)
     assert (many.y[12:] == y).float().mean() > 0.9
     blurred = compare.Source(x[:12], torch.arange(12) % 5, 5, 0, recipe, 0, model, x)
@@ -948,7 +955,7 @@ def test_a_failing_size_is_recorded_and_the_others_go_on(grid, tmp_path):
                for n, decay in ((12, 0.05), (30, 1e30))}     # the larger one cannot stay finite
     work = functools.partial(compare.run_cells, data=dataset(grid / "tiny.npz", tmp_path),
                              arms=["real"], recipes=recipes, folder=tmp_path,
-                             shared=None)
+                             shared={})
     failed, = compare.run_grid([(30, 0), (12, 0)], work, 1, 1, lambda *progress: None)
     assert "n=30 subset 0" in failed and "not finite" in failed
     assert [f.name.split("-")[0] for f in tmp_path.glob("*.json")] == ["12"]
@@ -1532,7 +1539,7 @@ def bench(width=16, cnn_steps=450, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, va
 
     def percentages():
         mu, logvar = vae.encode_all(model, data.images, amp)
-        few = latent.spread(len(mu), 20_000)
+        few = latent.subsample(len(mu), 20_000)
         latent.Aggregate.fit(mu[few], logvar[few], data.labels[few], 10)(mu)
     note("60,000 images: codes and percentages", lambda: "", 60_000, percentages)
     common.write(HERE / "assets" / "bench.json", {
