@@ -197,7 +197,8 @@ def draw(x, q, strip, strip_q, classes):
             f"{classes[int(strip_q[0].argmax())]} and {classes[int(strip_q[-1].argmax())]}?")
     gallery(left, x, q, classes, 4, 7)
     axes = side.subplots()
-    axes.hist(entropy(q).cpu().numpy() / math.log(2), bins=30, color=COLOURS[0])
+    bits = entropy(q).cpu().numpy() / math.log(2)
+    axes.hist(bits, bins=30, range=(0, max(bits.max(), 1)), color=COLOURS[0])
     tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
     return fig
 
