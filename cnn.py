@@ -96,9 +96,8 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=())
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
     `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share` is
-    the part of a batch that is drawn from hybrids and given to `mix`: in the first half of the
-    training, and in its last quarter; linear in between. Both mix and the `transforms` of the
-    whole batch map (x, q, generator) -> (x, q).
+    the part of a batch drawn from hybrids and given to `mix`: in the first half and in the last
+    quarter, linear between. mix and the batch's `transforms` map (x, q, generator) -> (x, q).
     """
     def next_batch(generator, done):
         part = share[0] + (share[1] - share[0]) * min(max(4 * done - 2, 0), 1)
@@ -181,7 +180,6 @@ def corrupt(images, seed=0):
     return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
 
 # ---- what compare.py uses as well ------------------------------------------------------------
-
 def judge(logits_of, images, y, held, held_y) -> dict:
     """Scores on images, plain and after one temperature fitted on held-out images."""
     from latent import scores, subsample
@@ -195,7 +193,6 @@ def judge(logits_of, images, y, held, held_y) -> dict:
                for name, harder in corrupt(images[few]).items()}}
 
 # ---- command ---------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     import common
     parser = common.flags("cnn.py", __doc__)

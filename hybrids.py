@@ -152,7 +152,6 @@ def entropy(q):
     return torch.special.entr(q).sum(1)
 
 # ---- command ---------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     import common
     parser = common.flags("hybrids.py", __doc__)

@@ -268,7 +268,6 @@ def ranking(q, classes) -> str:
     return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True))
 
 # ---- command ---------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     import common
     parser = common.flags("latent.py", __doc__)

@@ -24,8 +24,7 @@ class VAE(nn.Module):
 
     Kingma and Welling 2014. Images are cut into patches first, so that convolutions run at a
     quarter of the side (an eighth above 32 pixels): on MNIST two thirds of the time that half
-    the side takes, at the same ELBO after 1,000 steps (with 64 hidden channels; half of them take
-    0.6 of the time, and lose 1.6 nats on all of MNIST, nothing in hybrids of 100 images).
+    the side takes, at the same ELBO after 1,000 steps (with 64 hidden channels).
     """
 
     def __init__(self, channels: int, height: int, width: int, latent_dim: int = 16,
@@ -146,7 +145,6 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
 # ---- what the scripts after this one use as well ---------------------------------------------
-
 class Progress:
     """What is done, and the time left: one rewriting line on a terminal, plain lines in a file."""
 
@@ -269,7 +267,6 @@ def read_like(path, facts):
         f"{height}x{width}" + ", inverted to the data set's background" * flip
 
 # ---- command ---------------------------------------------------------------------------------
-
 def parse_args(argv=None):
     import common
     parser = common.flags("vae.py", __doc__)
