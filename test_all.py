@@ -277,7 +277,8 @@ def test_labels_that_do_not_predict_each_other_are_not_spread():
              for s in range(10)]
     assert sum(found is not None for found in noise) <= 1       # half of them right is no skill
     centre = 9 * torch.randn(12, 4, generator=seeded()).repeat(20, 1)
-    alone = latent.spread_labels(centre + torch.randn(240, 4) * 0.1, torch.arange(16) % 12, 12)
+    noise = 0.1 * torch.randn(240, 4, generator=seeded(1))
+    alone = latent.spread_labels(centre + noise, torch.arange(16) % 12, 12)
     assert torch.equal(alone, torch.arange(240) % 12)           # eight classes of one label each
     assert latent.spread_labels(mu[:7], y[:1], 6) is None       # one label: nothing to judge by
 
