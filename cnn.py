@@ -85,7 +85,7 @@ def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=
         first = end
 
 @torch.no_grad()
-def predict(model, images, amp=False, batch=1000):
+def predict(model, images, amp=False, batch=200):
     """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):

@@ -59,9 +59,9 @@ ARMS = {
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
-BATCH, POOL = 64, 20_000                                # POOL: hybrids made for a cell, at most
+BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # at most: hybrids of a cell, labels spread
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
-VIEWS = 9                               # augmented ones of an image, for augment+hybrid's VAE
+VIEWS = 9                               # augmented ones of a grey image, for augment+hybrid's VAE
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
@@ -79,19 +79,17 @@ def generator(images, seed):
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
 
-    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, unlabelled=None):
+    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, unlabelled=()):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
         g, x = generator(images, seed), images.float() / 255
         seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
-        self.images, self.y = torch.cat([images, *seen]), y.repeat(1 + views)
+        self.images = torch.cat([images, *seen, *unlabelled])
         model = model or train_vae(self.images, seed, recipe)
         self.decode = lambda z: vae.decode_all(model, z, amp)
-        self.mu, self.logvar = vae.encode_all(model, self.images, amp)
-        if unlabelled is not None:      # the labels of the cell are spread to these
-            mu, logvar = vae.encode_all(model, more := torch.cat([images, unlabelled]), amp)
-            if (found := latent.spread_labels(mu, y, classes)) is not None:
-                self.images, self.y, self.mu, self.logvar = (
-                    v[found >= 0] for v in (more, found, mu, logvar))
+        mu, logvar = vae.encode_all(model, self.images, amp)
+        found = latent.spread_labels(mu, y, classes) if unlabelled else y.repeat(1 + views)
+        self.images, self.y, self.mu, self.logvar = (
+            v[found >= 0] for v in (self.images, found, mu, logvar))
         posterior = self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
         self.classify = lambda x: posterior(*vae.encode_all(model, x, amp))
 
@@ -103,7 +101,7 @@ class Source:
         # A decoder that keeps nothing leaves all to the residual: mixup.
         decode = (lambda z: z.new_zeros(1)) if strategy in pixels else self.decode
         x = hybrids.render(points, decode, self.mu, self.images, residual)
-        return (x * 255).round().byte(), hybrids.label(rule, points, self.y, self.posterior, g)
+        return x, hybrids.label(rule, points, self.y, self.posterior, g)
 
 def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
@@ -138,18 +136,20 @@ def run_cells(unit, *, data, arms, recipes, folder, shared):
         pool, validation = common.split(data)
         take = lambda rows: (data.images[rows.to(device)], data.labels[rows.to(device)])
         x, y = take(common.subset(data, pool, n, seed))
-        held = take(validation[latent.subsample(len(validation), 1000)])
-        judged = (data.test_images, data.test_labels) if recipe["score"] == "test" \
-            else take(validation)
+        some = latent.subsample(len(validation), min(1000, len(validation) // 2))
+        held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
+        judged = (data.test_images, data.test_labels) if recipe["score"] == "test" else take(rest)
         make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
-        source = lambda augment: make(0 if shared else VIEWS * augment)
+        source = lambda augment: make(VIEWS * (augment and x.shape[1] == 1 and not shared))
         for arm, file, _ in filter(lambda found: not found[2], cells):
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
             else:
                 model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
                 logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
-            row = {"n": n, "seed": seed, "arm": arm, **cnn.judge(logits_of, *judged, *held)}
+            mixed = len(source(ARMS[arm].augment).y) if ARMS[arm].strategy else n
+            row = {"n": n, "seed": seed, "arm": arm, "sources": mixed,      # with spread labels
+                   **cnn.judge(logits_of, *judged, *held)}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
         return unit, (str(error) or repr(error)).splitlines()[0]        # the grid goes on
@@ -362,8 +362,9 @@ def command(args):
     units = [] if args.gather else units
     jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
     images = data.images[pool.to(device)] if args.vae_data == "all" and units else None
-    shared = {} if images is None else {"model": train_vae(images, 0, recipe),
-                                        "unlabelled": images[latent.subsample(len(images), POOL)]}
+    shared = {} if images is None else {
+        "model": train_vae(images, 0, recipe),
+        "unlabelled": [images[latent.subsample(len(images), UNLABELLED)]]}
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared=shared)
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
@@ -373,7 +374,7 @@ def command(args):
                      f"flags and --gather --{'' if amp else 'no-'}amp", *failed, sep="\n")
     rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
     print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
-    common.need(rows, "no cell could be computed")
+    common.need(rows, "there is no finished cell")
     table = summarise(rows, len(pool))
     common.write(args.out / "compare.csv", "".join(
         ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))

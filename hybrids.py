@@ -30,41 +30,37 @@ class Points(NamedTuple):
     j: torch.Tensor | None = None
     t: torch.Tensor | None = None       # (M,) in [0,1]
 
-def sample(strategy, count, mu, logvar, y, posterior, generator, jitter=0.5) -> Points:
+def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4) -> Points:
     """Draw `count` points from codes mu, logvar (N,D) with labels y (N,).
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
-    between   near the line between two codes of different classes, t uniform
-    same      near the line between two codes of one class
-    boundary  between, thinned so that max q is spread evenly over [1/2, 1]
-
-    Near: with noise of `jitter` times the within-class deviation times N_c^(-1/(D+4)), the factor
-    of Scott (1992) for a class of average size.
+    between   on the line between two codes of different classes, t ~ Beta(alpha, alpha)
+    same      on the line between two codes of one class
+    boundary  between, t uniform, thinned so that max q is spread evenly over [1/2, 1]
     """
     device = mu.device
     if strategy == "prior":
         return Points(torch.randn(count, mu.shape[1], device=device, generator=generator))
     if strategy == "boundary":
-        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, jitter)
+        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, 1)
         top = posterior(points.z).amax(1)
         bins = ((top - 0.5) * 20).floor().long().clamp(-1, 9)           # ten bins over [1/2, 1]
         weight = (1 / (bins + 1).bincount(minlength=11).clamp(min=1))[bins + 1] * (bins >= 0)
-        if not weight.any():                                            # no point is that certain
-            weight = torch.ones_like(top)
+        weight += float(not weight.any())                               # no point is that certain
         keep = torch.multinomial(weight, count, replacement=True, generator=generator)
         return Points(*(v[keep] for v in points))
     i = torch.randint(len(mu), (count,), device=device, generator=generator)
-    noise = torch.randn(count, mu.shape[1], device=device, generator=generator)
     if strategy == "around":
+        noise = torch.randn(count, mu.shape[1], device=device, generator=generator)
         return Points(mu[i] + noise * (logvar[i] / 2).exp(), i, i, torch.ones(count, device=device))
-    j = partners(y, i, strategy == "same", generator)
-    t = torch.rand(count, device=device, generator=generator)
-    member = F.one_hot(y).to(mu)
-    centre = (member.T @ mu / member.sum(0).clamp(min=1)[:, None])[y]
-    classes = (member.sum(0) > 0).sum()
-    width = (mu - centre).square().mean(0).sqrt() * (len(y) / classes) ** (-1 / (mu.shape[1] + 4))
-    return Points(torch.lerp(mu[j], mu[i], t[:, None]) + jitter * width * noise, i, j, t)
+    j, t = partners(y, i, strategy == "same", generator), beta(mu[i], alpha, generator)
+    return Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
+
+def beta(x, alpha, generator):
+    """A draw from Beta(alpha, alpha) a row of x: the median of 2 alpha - 1 uniform numbers."""
+    shape = len(x), 2 * alpha - 1
+    return torch.rand(shape, device=x.device, generator=generator).median(1).values
 
 def partners(y, i, same, generator):
     """For each row i a random row j of the same class, or of another one (of any, if K = 1)."""
@@ -107,19 +103,23 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     return q
 
 def render(points, decode, mu, images, residual=True, batch=1000):
-    """Images x (M,C,H,W) in [0,1] of points: decode(z), plus what the decoder lost of its sources.
+    """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of its sources.
 
     The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at z = mu_k it
-    gives back x_k, so no sharpness is lost. `images` in [0,255] are the sources of the codes mu.
+    gives back x_k, so no sharpness is lost. `images`, the sources of the codes mu, are uint8 or
+    float in [0,1], and the result is like them.
     """
+    whole = images.dtype == torch.uint8
+    like = lambda x: (x * 255).round().byte() if whole else x
     if not residual or points.i is None:
-        return torch.cat([decode(z) for z in points.z.split(batch)])
+        return torch.cat([like(decode(z)) for z in points.z.split(batch)])
     used, place = torch.cat([points.i, points.j]).unique(return_inverse=True)
-    lost = torch.cat([images[k].float() / 255 - decode(mu[k]) for k in used.split(batch)])
+    lost = torch.cat([(images[k] / (255 if whole else 1) - decode(mu[k])).to(
+        torch.half if whole else images.dtype) for k in used.split(batch)])
     out = []
     for z, i, j, t in zip(*(v.split(batch) for v in (points.z, *place.chunk(2), points.t))):
         w = t[:, None, None, None]
-        out.append((decode(z) + w * lost[i] + (1 - w) * lost[j]).clamp(0, 1))
+        out.append(like((decode(z) + w * lost[i] + (1 - w) * lost[j]).clamp(0, 1)))
     return torch.cat(out)
 
 class HybridMixer:
@@ -138,10 +138,10 @@ class HybridMixer:
     def __call__(self, x, y):
         mu, i = self.encode(x)[0], torch.arange(len(x), device=x.device)
         j = partners(y, i, False, self.generator)
-        t = torch.rand(len(x), device=x.device, generator=self.generator)
+        t = beta(x, 4, self.generator)
         points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
-        return render(points, self.decode, mu, 255 * x), q
+        return render(points, self.decode, mu, x), q
 
 def entropy(q):
     """Of each row of q (M,K), in nats.
@@ -229,8 +229,7 @@ def command(args):
 
     def make(points):
         x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual)
-        q = label(args.label, points, y, posterior, generator)
-        return (x * 255).round().byte(), q
+        return x, label(args.label, points, y, posterior, generator)
 
     points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
     x, q = make(points)
@@ -245,7 +244,7 @@ def command(args):
     t = torch.linspace(1, 0, 9, device=device)
     strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
     strip_x, strip_q = make(strip) if args.strategy != "prior" else \
-        ((decode_all(model, strip.z, amp) * 255).round().byte(), posterior(strip.z))
+        (decode_all(model, strip.z, amp), posterior(strip.z))
     common.write(args.out / "hybrids.png",
                  draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
     stem = args.out / "hybrids.pt"

@@ -146,11 +146,11 @@ def class_means(mu, y, classes):
     return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
 
 def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
-    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives; or None.
+    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives.
 
     Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 (V+V^T) D^-1/2,
-    V_ij = exp(-(d_ij / d_i,10)^2) to the ten nearest. None, if the labels mislead: each half of y
-    has to predict most of the other half, in the classes that both hold.
+    V_ij = exp(-(d_ij / d_i,10)^2) to the ten nearest. None arrives anywhere, if labels mislead:
+    each half of y has to predict most of the other half, in the classes that both hold.
     """
     parts = [torch.cdist(some, mu).topk(min(neighbours + 1, len(mu)), largest=False)
              for some in mu.split(max(1, 2 ** 24 // len(mu)))]   # the nearest is the code itself
@@ -170,8 +170,8 @@ def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
     own, order, right = y.cpu(), y.cpu().argsort(stable=True), []    # every other: half a class
     for one, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
         right.append((spread_from(one)[other] == own[other])[torch.isin(own[other], own[one])])
-    found = torch.cat([own, spread_from(order)[len(y):]]).to(y.device)
-    return found if torch.cat(right).float().mean() > 0.5 + 0.5 / classes else None
+    sure = torch.cat(right).float().mean() > 0.5 + 0.5 / classes
+    return torch.cat([own, spread_from(order)[len(y):].where(sure, -1)]).to(y.device)
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
