@@ -105,6 +105,7 @@ help:
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
-	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE) PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
+	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE)'
+	@echo '           PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
 	@echo '           VAE_FLAGS HYBRID_FLAGS COMPARE_FLAGS: any flags of those scripts'
 	@echo 'Example:   make all DATASET=mnist SIZES="100 1000" SEEDS=10'

@@ -43,8 +43,8 @@ class CNN(nn.Module):
     def forward(self, x):
         return self.head(self.features(x - 0.5).amax((2, 3)))
 
-def fit(model, next_batch, *, steps, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
-        generator=None, state=None):
+def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
+        state=None):
     """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
     `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against q,
@@ -318,8 +318,8 @@ def command(args):
     common.save(args.out / "cnn.pt", args, data, metrics, made_from, config=model.config,
                 model=model.cpu().state_dict())
     (args.out / "cnn.last.pt").unlink(missing_ok=True)
-    mean = (5 * share[0] + 3 * share[1]) / 8
-    print(f"{len(x):,} real images, {mean:.0%} hybrids on average; on {len(q):,} test:")
+    print(f"{len(x):,} real images, {(5 * share[0] + 3 * share[1]) / 8:.0%} hybrids on average; "
+          f"on {len(q):,} test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))
     print(args.out / "cnn.png", args.out / "cnn.pt", sep="\n")

@@ -105,8 +105,8 @@ def start(args):
     # Is bfloat16 fast here? The processor is asked; a torch that cannot tell says no.
     fast = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)(), "mps": False,
             "cuda": cuda and torch.cuda.is_bf16_supported(including_emulation=False)}[name]
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    return device, fast if args.amp is None else args.amp
+    card = f":{int(os.environ.get('LOCAL_RANK', 0)) % (torch.cuda.device_count() or 1)}"
+    return torch.device(name + card * (name == "cuda")), fast if args.amp is None else args.amp
 
 def need_memory(size, what):
     """Refuse what takes more bytes than the machine has, before the system kills somebody."""
@@ -225,12 +225,12 @@ def npz_dataset(path: Path) -> Dataset:
     return Dataset(x, y, x_test, y_test, classes, path.stem)
 
 def as_images(array) -> torch.Tensor:
-    """An array of images -> uint8 (N,C,H,W). Floats are in [0,1], or else in [0,255]."""
+    """An array of images -> uint8 (N,C,H,W). Pixels are in [0,1], or else in [0,255]."""
     array = array[:, None] if array.ndim == 3 else array
     array = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[3] in (1, 3) else array
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
-    if array.dtype != np.uint8:
+    if array.size and (array.dtype != np.uint8 or array.max() <= 1):
         if not (array.min() >= 0 and array.max() <= 255):           # NaN fails both
             raise ValueError("pixels that are NaN or outside [0, 255]")
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)

@@ -129,12 +129,11 @@ def cell(folder, n, seed, arm, recipe):
 
 def run_cells(unit, *, data, arms, recipes, folder, shared):
     """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
-    (n, seed), recipe = unit, recipes[unit[0]]
+    (n, seed), recipe, arm, classes = unit, recipes[unit[0]], "its images", len(data.classes)
     cells = [(arm, *cell(folder, n, seed, arm, recipe)) for arm in arms]
-    device, classes = data.images.device, len(data.classes)
     try:
         pool, validation = common.split(data)
-        take = lambda rows: (data.images[rows.to(device)], data.labels[rows.to(device)])
+        take = lambda rows: [v[rows.to(v.device)] for v in (data.images, data.labels)]
         x, y = take(common.subset(data, pool, n, seed))
         some = latent.subsample(len(validation), min(1000, len(validation) // 2))
         held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
@@ -152,7 +151,7 @@ def run_cells(unit, *, data, arms, recipes, folder, shared):
                    **cnn.judge(logits_of, *judged, *held)}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
     except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
-        return unit, (str(error) or repr(error)).splitlines()[0]        # the grid goes on
+        return unit, f"{arm}: {str(error) or repr(error)}".splitlines()[0]    # the grid goes on
     return unit, None
 
 def start_worker(threads):
@@ -164,7 +163,6 @@ def start_worker(threads):
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
     failed, pool = [], None
-    torch.set_num_threads(threads)      # the same everywhere: jobs must not change a result
     if jobs > 1:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's business
         pool = ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"),
@@ -361,6 +359,7 @@ def command(args):
     failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
     units = [] if args.gather else units
     jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
+    torch.set_num_threads(args.threads or 1)    # everywhere: jobs must not change a result
     images = data.images[pool.to(device)] if args.vae_data == "all" and units else None
     shared = {} if images is None else {
         "model": train_vae(images, 0, recipe),

@@ -24,7 +24,7 @@ STRATEGIES = ("between", "boundary", "same", "around", "prior")
 LABELS = ("product", "density", "weight", "argmax", "sampled")
 
 class Points(NamedTuple):
-    """M latent points; those made of codes are z = t mu_i + (1-t) mu_j + noise."""
+    """M latent points; those made of codes are z = t mu_i + (1-t) mu_j."""
     z: torch.Tensor                     # (M,D)
     i: torch.Tensor | None = None       # (M,) rows of the codes; None for points from the prior
     j: torch.Tensor | None = None
@@ -125,7 +125,7 @@ def render(points, decode, mu, images, residual=True, batch=1000):
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, without noise.
+    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4).
     encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
@@ -162,7 +162,7 @@ def parse_args(argv=None):
         "points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
-    add("--export", type=Path, metavar="DIR", help="also write PNG files and DIR/labels.csv")
+    add("--export", type=Path, metavar="DIR", help="also PNG files, and their labels.csv")
     args = parser.parse_args(argv)
     args.label = args.label or ("density" if args.strategy == "prior" else "product")
     if args.strategy == "prior" and args.label in ("product", "weight"):
@@ -206,6 +206,8 @@ def export(folder, x, q, classes):
     from PIL import Image
     table = csv.writer(text := io.StringIO(), lineterminator="\n")
     table.writerow(["file", *classes])
+    for old in folder.glob("[0-9][0-9][0-9]-*/[0-9]*.png"):     # of an earlier export
+        old.unlink()
     folders = [f"{k:03}-" + re.sub(r"[^\w-]", "_", c) for k, c in enumerate(classes)]
     for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
         name = f"{folders[int(row.argmax())]}/{k:06}.png"
@@ -247,18 +249,17 @@ def command(args):
         (decode_all(model, strip.z, amp), posterior(strip.z))
     common.write(args.out / "hybrids.png",
                  draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
-    stem = args.out / "hybrids.pt"
     if args.export:
         args.export.mkdir(parents=True, exist_ok=True)
         common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
-    common.save(stem, args, data, metrics, [args.out / "vae.pt", args.out / "latent.pt"],
-                images=x.cpu(), q=q.cpu(), z=points.z.cpu())
+    common.save(args.out / "hybrids.pt", args, data, metrics, [
+        args.out / "vae.pt", args.out / "latent.pt"], images=x.cpu(), q=q.cpu(), z=points.z.cpu())
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
     if args.export:
         print(args.export / "labels.csv")
-    print(args.out / "hybrids.png", stem, sep="\n")
+    print(args.out / "hybrids.png", args.out / "hybrids.pt", sep="\n")
 
 def main(argv=None) -> int:
     import common

@@ -150,7 +150,7 @@ def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
 
     Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 (V+V^T) D^-1/2,
     V_ij = exp(-(d_ij / d_i,10)^2) to the ten nearest. None arrives anywhere, if labels mislead:
-    each half of y has to predict most of the other half, in the classes that both hold.
+    both halves of y, together, have to predict most of each other, where both hold the class.
     """
     parts = [torch.cdist(some, mu).topk(min(neighbours + 1, len(mu)), largest=False)
              for some in mu.split(max(1, 2 ** 24 // len(mu)))]   # the nearest is the code itself
@@ -311,8 +311,7 @@ def draw_map(axes, mu, y, classes, posterior, generator):
         axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k].tolist(),
                       xytext=(0, -13), textcoords="offset points", ha="center", va="top", size=8,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
-    tidy(axes, "Where do the classes live?", "first main direction of the class means",
-                "second main direction")
+    tidy(axes, "Where do the classes live?", "first main direction of the class means", "second")
 
 def draw_reliability(axes, metrics):
     from vae import COLOURS, tidy
@@ -331,9 +330,8 @@ def answer(args):
     import common
     from vae import encode_all, load_vae, read_like
     saved = common.load(args, "latent")
-    posterior = Aggregate(**saved["calibrated"]["aggregate"])
+    dim, posterior = saved["mu"].shape[1], Aggregate(**saved["calibrated"]["aggregate"])
     if args.point:
-        dim = saved["mu"].shape[1]
         try:
             z = torch.tensor([float(text) for text in args.point.split(",")])
         except ValueError:
@@ -367,6 +365,8 @@ def command(args):
     def judged(q):
         return {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
                 "reliability": reliability(q, y_test)}
+    def stored(posterior):
+        return {k: v.cpu() if torch.is_tensor(v) else v for k, v in vars(posterior).items()}
     calibrated, prior = {}, y.bincount(minlength=classes) / len(y)
     metrics = {"class priors": judged(prior.expand(len(y_test), classes)),
                "encoder's width": judged(Aggregate.fit(*part, classes, 0.0)(*test_codes))}
@@ -374,16 +374,16 @@ def command(args):
         posterior, choice = calibrate(fit, choices, *held_codes, data.labels[held])
         metrics[name] = {**judged(posterior(*test_codes)), "choice": choice,
                          "temperature": posterior.temperature}
-        calibrated[name] = vars(posterior)
+        calibrated[name] = stored(posterior)
     fig, shown = figure(14, 6.6), Aggregate(**calibrated["aggregate"])
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
-    draw_map(left, codes[0].cpu(), y.cpu(), data.classes, lambda z: shown(z.to(device)).cpu(),
-             torch.Generator().manual_seed(args.seed))
+    mu, logvar = (v.cpu() for v in codes)
+    draw_map(left, mu, y.cpu(), data.classes, shown, torch.Generator().manual_seed(args.seed))
     draw_reliability(right, metrics)
     common.write(args.out / "latent.png", fig)
-    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=codes[0],
-                logvar=codes[1], labels=y, calibrated=calibrated,
-                teaching=vars(teach(*part, classes)))
+    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=mu,
+                logvar=logvar, labels=y.cpu(), calibrated=calibrated,
+                teaching=stored(teach(*part, classes)))
     print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
     print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
     for name, m in metrics.items():

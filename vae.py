@@ -68,13 +68,12 @@ def elbo_terms(logits, x, mu, logvar):
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum() / len(x)
     return reconstruction, kl
 
-def fit(model, next_batch, *, steps, lr=3e-3, beta=1.0, rounds=10, amp=False, generator=None,
-        state=None):
+def fit(model, next_batch, *, steps, generator, lr=3e-3, beta=1, rounds=10, amp=False, state=None):
     """Maximise the ELBO on batches `next_batch(generator) -> x (B,C,H,W)`; yield a dict a round.
 
     A row holds step, reconstruction, kl (nats an image, means of the round), images_per_second
     and "state": given back as `state`, it resumes the run exactly.
-    Raises FloatingPointError, naming the step, when the loss is not finite any more.
+    Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device, first = next(model.parameters()).device, 0
     optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0,
@@ -230,9 +229,10 @@ COLOURS = ["#" + colour for colour in
 MARKERS = "osD^vP*Xhd"
 
 def figure(width=10.0, height=5.0):
-    """A matplotlib Figure on its own: no pyplot, no global state, no display."""
-    from matplotlib.figure import Figure
-    return Figure((width, height), layout="constrained", dpi=130)
+    """A matplotlib Figure on its own: no pyplot, no display."""
+    import matplotlib.figure
+    matplotlib.rcParams["text.parse_math"] = False          # "$5" is a class, not a formula
+    return matplotlib.figure.Figure((width, height), layout="constrained", dpi=130)
 
 def tidy(axes, title, x=None, y=None):
     """One look for all axes: title at the left, no box, a light grid."""
