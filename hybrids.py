@@ -197,7 +197,7 @@ def draw(x, q, strip, strip_q, classes):
     gallery(left, x, q, classes, 4, 7)
     axes = side.subplots()
     bits = entropy(q).cpu().numpy() / math.log(2)
-    axes.hist(bits, bins=30, range=(0, max(bits.max(), 1)), color=COLOURS[0])
+    axes.hist(bits, bins=30, range=(0, max(math.log2(len(classes)), 1)), color=COLOURS[0])
     tidy(axes, "How mixed are they?", "label entropy, bits", "hybrids")
     return fig
 
