@@ -311,7 +311,7 @@ def draw_map(axes, mu, y, classes, posterior, generator):
         axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k].tolist(),
                       xytext=(0, -13), textcoords="offset points", ha="center", va="top", size=8,
                       bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
-    tidy(axes, "Where do the classes live?", "first main direction of the class means", "second")
+    tidy(axes, "Where do the classes live?", "first main direction", "second main direction")
 
 def draw_reliability(axes, metrics):
     from vae import COLOURS, tidy
