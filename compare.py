@@ -135,7 +135,7 @@ def run_cells(unit, *, data, arms, recipes, folder, shared):
         pool, validation = common.split(data)
         take = lambda rows: [v[rows.to(v.device)] for v in (data.images, data.labels)]
         x, y = take(common.subset(data, pool, n, seed))
-        some = latent.subsample(len(validation), min(1000, len(validation) // 2))
+        some = latent.subsample(len(validation), min(1000, (len(validation) + 1) // 2))
         held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
         judged = (data.test_images, data.test_labels) if recipe["score"] == "test" else take(rest)
         make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
