@@ -43,7 +43,7 @@ def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4) -> Poi
     if strategy == "prior":
         return Points(torch.randn(count, mu.shape[1], device=device, generator=generator))
     if strategy == "boundary":
-        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, 1)
+        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, alpha=1)
         top = posterior(points.z).amax(1)
         bins = ((top - 0.5) * 20).floor().long().clamp(-1, 9)           # ten bins over [1/2, 1]
         weight = (1 / (bins + 1).bincount(minlength=11).clamp(min=1))[bins + 1] * (bins >= 0)
