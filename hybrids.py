@@ -95,37 +95,38 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
         product = mixed * evidence / posterior.prior.clamp(min=1e-30)      # q(c|z) / pi_c
         return product / product.sum(1, keepdim=True)
     q = posterior(points.z)
-    if rule == "argmax":
-        return F.one_hot(q.argmax(1), q.shape[1]).float()
-    if rule == "sampled":
-        drawn = torch.multinomial(q, 1, generator=generator)[:, 0]
-        return F.one_hot(drawn, q.shape[1]).float()
-    return q
+    if rule not in ("argmax", "sampled"):
+        return q
+    hard = q.argmax(1) if rule == "argmax" else torch.multinomial(q, 1, generator=generator)[:, 0]
+    return F.one_hot(hard, q.shape[1]).float()
 
-def render(points, decode, mu, images, residual=True, batch=1000):
-    """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of its sources.
+def render(points, decode, mu, images, residual=True, pixels=0.0, batch=1000):
+    """Images (M,C,H,W) of points: their sources mixed, and what the decoder makes of the mixture.
 
-    The residual hybrid is decode(z) + sum_k w_k (x_k - decode(mu_k)), clipped; at z = mu_k it
-    gives back x_k, so no sharpness is lost. `images`, the sources of the codes mu, are uint8 or
-    float in [0,1], and the result is like them.
+    The residual hybrid is sum_k w_k x_k + decode(z) - sum_k w_k decode(mu_k), clipped; at z = mu_k
+    it is x_k: no sharpness is lost. In the last points, the part `pixels`, the decoder has no say.
+    `images`, the sources of mu, are uint8 or float in [0,1], and the result is like them.
     """
     whole = images.dtype == torch.uint8
     like = lambda x: (x * 255).round().byte() if whole else x
     if not residual or points.i is None:
         return torch.cat([like(decode(z)) for z in points.z.split(batch)])
     used, place = torch.cat([points.i, points.j]).unique(return_inverse=True)
-    lost = torch.cat([(images[k] / (255 if whole else 1) - decode(mu[k])).to(
-        torch.half if whole else images.dtype) for k in used.split(batch)])
-    out = []
-    for z, i, j, t in zip(*(v.split(batch) for v in (points.z, *place.chunk(2), points.t))):
-        w = t[:, None, None, None]
-        out.append(like((decode(z) + w * lost[i] + (1 - w) * lost[j]).clamp(0, 1)))
+    known = torch.cat([decode(mu[k]).to(torch.half if whole else images.dtype)
+                       for k in used.split(batch)])
+    source = lambda k: images[used[k]] / (255 if whole else 1)
+    say = torch.arange(len(points.z), device=mu.device) < round((1 - pixels) * len(points.z))
+    t, say, out = points.t[:, None, None, None], say[:, None, None, None], []
+    for z, i, j, t, say in zip(*(v.split(batch) for v in (points.z, *place.chunk(2), t, say))):
+        own = decode(z) - (t * known[i] + (1 - t) * known[j])
+        out.append(like((t * source(i) + (1 - t) * source(j) + say * own).clamp(0, 1)))
     return torch.cat(out)
 
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4).
+    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4); the decoder
+    has a say in half of them.
     encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
@@ -141,7 +142,7 @@ class HybridMixer:
         t = beta(x, 4, self.generator)
         points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
-        return render(points, self.decode, mu, x), q
+        return render(points, self.decode, mu, x, pixels=0.5), q
 
 def entropy(q):
     """Of each row of q (M,K), in nats.
@@ -162,6 +163,8 @@ def parse_args(argv=None):
         "points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
+    add("--pixels", type=common.number(float, 0, 1), default=0.5, help="part of the residual "
+        "hybrids that are mixed as pixels, without the decoder")
     add("--export", type=Path, metavar="DIR", help="also PNG files, and their labels.csv")
     args = parser.parse_args(argv)
     args.label = args.label or ("density" if args.strategy == "prior" else "product")
@@ -212,8 +215,7 @@ def export(folder, x, q, classes):
     for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
         name = f"{folders[int(row.argmax())]}/{k:06}.png"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        array = image.permute(1, 2, 0).numpy()
-        Image.fromarray(array[..., 0] if len(image) == 1 else array).save(folder / name)
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / name)
         table.writerow([name, *(f"{p:.5f}" for p in row.tolist())])
     return text.getvalue()
 
@@ -229,12 +231,12 @@ def command(args):
     mu, logvar = latent["mu"], latent["logvar"]
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def make(points):
-        x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual)
+    def make(points, pixels=0.0):
+        x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual, pixels)
         return x, label(args.label, points, y, posterior, generator)
 
     points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
-    x, q = make(points)
+    x, q = make(points, args.pixels * (args.strategy != "around"))
     again = posterior(encode_all(model, x, amp)[0])        # where do the made images lie?
     moved = (again - posterior(points.z)).abs().sum(1) / 2
     metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
@@ -249,15 +251,14 @@ def command(args):
         (decode_all(model, strip.z, amp), posterior(strip.z))
     common.write(args.out / "hybrids.png",
                  draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
-    if args.export:
-        args.export.mkdir(parents=True, exist_ok=True)
-        common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
     common.save(args.out / "hybrids.pt", args, data, metrics, [
         args.out / "vae.pt", args.out / "latent.pt"], images=x.cpu(), q=q.cpu(), z=points.z.cpu())
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
     if args.export:
+        args.export.mkdir(parents=True, exist_ok=True)
+        common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
         print(args.export / "labels.csv")
     print(args.out / "hybrids.png", args.out / "hybrids.pt", sep="\n")
 
