@@ -39,6 +39,7 @@ class Arm(NamedTuple):
     residual: bool = True
     mix: str = ""                       # mixup or cutmix
     augment: bool = False
+    pixels: float = 0.5                 # part of the hybrids made without the decoder
 
 ARMS = {
     "real": Arm(),
@@ -53,9 +54,10 @@ ARMS = {
     "weight labels": Arm("between", "weight"),          # the controls: where is a gain from?
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "mixup density labels": Arm("pixels", "density"),   # the same pairs, mixed as images
+    "all decoded": Arm("between", pixels=0.0),
+    "mixup density labels": Arm("between", "density", pixels=1.0),      # the same pairs
     "reconstructions": Arm("around", "weight", residual=False),
-    "pseudo-labels": Arm("images", "weight"),           # of --vae-data all, on the images as such
+    "pseudo-labels": Arm("around", "weight", pixels=1.0),       # of --vae-data all: the images
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
@@ -93,20 +95,18 @@ class Source:
         posterior = self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
         self.classify = lambda x: posterior(*vae.encode_all(model, x, amp))
 
-    def pool(self, strategy, rule, residual):
+    def pool(self, arm):
         """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
-        g, pixels = generator(self.mu, self.seed), {"pixels": "between", "images": "around"}
-        points = hybrids.sample(pixels.get(strategy, strategy), self.count, self.mu, self.logvar,
-                                self.y, self.posterior, g)
-        # A decoder that keeps nothing leaves all to the residual: mixup.
-        decode = (lambda z: z.new_zeros(1)) if strategy in pixels else self.decode
-        x = hybrids.render(points, decode, self.mu, self.images, residual)
-        return x, hybrids.label(rule, points, self.y, self.posterior, g)
+        g = generator(self.mu, self.seed)
+        points = hybrids.sample(arm.strategy, self.count, self.mu, self.logvar, self.y,
+                                self.posterior, g)
+        x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual, arm.pixels)
+        return x, hybrids.label(arm.label, points, self.y, self.posterior, g)
 
 def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
     real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
-    made = source(arm.augment).pool(arm.strategy, arm.label, arm.residual) if arm.strategy else None
+    made = source(arm.augment).pool(arm) if arm.strategy else None
     mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
@@ -129,18 +129,18 @@ def cell(folder, n, seed, arm, recipe):
 
 def run_cells(unit, *, data, arms, recipes, folder, shared):
     """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
-    (n, seed), recipe, arm, classes = unit, recipes[unit[0]], "its images", len(data.classes)
+    (n, seed), recipe, failed, classes = unit, recipes[unit[0]], [], len(data.classes)
     cells = [(arm, *cell(folder, n, seed, arm, recipe)) for arm in arms]
-    try:
-        pool, validation = common.split(data)
-        take = lambda rows: [v[rows.to(v.device)] for v in (data.images, data.labels)]
-        x, y = take(common.subset(data, pool, n, seed))
-        some = latent.subsample(len(validation), min(1000, (len(validation) + 1) // 2))
-        held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
-        judged = (data.test_images, data.test_labels) if recipe["score"] == "test" else take(rest)
-        make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
-        source = lambda augment: make(VIEWS * (augment and x.shape[1] == 1 and not shared))
-        for arm, file, _ in filter(lambda found: not found[2], cells):
+    pool, validation = common.split(data)
+    take = lambda rows: [v[rows.to(v.device)] for v in (data.images, data.labels)]
+    x, y = take(common.subset(data, pool, n, seed))
+    some = latent.subsample(len(validation), min(1000, (len(validation) + 1) // 2))
+    held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
+    judged = (data.test_images, data.test_labels) if recipe["score"] == "test" else take(rest)
+    make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
+    source = lambda augment: make(VIEWS * (augment and x.shape[1] == 1 and not shared))
+    for arm, file, _ in filter(lambda found: not found[2], cells):
+        try:
             if ARMS[arm].strategy == "posterior":
                 logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
             else:
@@ -150,9 +150,9 @@ def run_cells(unit, *, data, arms, recipes, folder, shared):
             row = {"n": n, "seed": seed, "arm": arm, "sources": mixed,      # with spread labels
                    **cnn.judge(logits_of, *judged, *held)}
             common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
-    except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
-        return unit, f"{arm}: {str(error) or repr(error)}".splitlines()[0]    # the grid goes on
-    return unit, None
+        except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
+            failed.append(f"{arm}: {str(error) or repr(error)}".splitlines()[0])
+    return unit, "; ".join(failed)                      # the other arms, and the grid, go on
 
 def start_worker(threads):
     """A process of the grid: so many threads, and no life after its parent's."""

@@ -337,8 +337,8 @@ def test_boundary_spreads_the_top_percentage_evenly():
 def test_hybrid_mixer_without_a_decoder_is_mixup_of_other_classes():
     y = torch.arange(30) % 3
     x = (y.float() / 2)[:, None, None, None].expand(30, 1, 4, 4)        # grey says the class
-    mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), lambda z: torch.zeros(1),
-                                world()[3], rule="weight", generator=seeded())
+    mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), lambda z: torch.zeros(
+        len(z), 1, 4, 4), world()[3], rule="weight", generator=seeded())
     made, q = mixer(x, y)
     close(made, (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made))
     assert 0.2 < q.gather(1, y[:, None]).mean() < 0.8 and ((q > 0).sum(1) == 2).all()
@@ -390,6 +390,10 @@ def test_residual_hybrids_give_back_their_sources():
     made = hybrids.render(p, decode, mu, images, batch=7)
     assert made.dtype == torch.uint8 and (made - 255 * direct).abs().max() < 0.7
     close(hybrids.render(p, decode, mu, images / 255, residual=False), decode(p.z))
+    plain = w * images[p.i] / 255 + (1 - w) * images[p.j] / 255         # the last ones, as pixels
+    close(hybrids.render(p, decode, mu, images / 255, pixels=0.25, batch=7),
+          torch.cat([direct[:150], plain[150:]]))
+    close(hybrids.render(p, decode, mu, images / 255, pixels=1.0), plain)
 
 
 @pytest.mark.parametrize("transform, nothing", [
@@ -952,16 +956,16 @@ def test_labels_reach_the_images_that_have_none():
     assert len(blurred.y) == 12         # these labels mislead
 
 
-def test_a_failing_size_is_recorded_and_the_others_go_on(grid, tmp_path):
+def test_a_failing_arm_is_recorded_and_the_others_go_on(grid, tmp_path):
     same = dict(score="test", steps=8, width=4, vae_steps=8, latent_dim=4, amp=False)
     recipes = {n: dict(same, weight_decay=decay)
                for n, decay in ((12, 0.05), (30, 1e30))}     # the larger one cannot stay finite
     work = functools.partial(compare.run_cells, data=dataset(grid / "tiny.npz", tmp_path),
-                             arms=["real"], recipes=recipes, folder=tmp_path,
+                             arms=["real", "latent posterior"], recipes=recipes, folder=tmp_path,
                              shared={})
     failed, = compare.run_grid([(30, 0), (12, 0)], work, 1, 1, lambda *progress: None)
-    assert "n=30 subset 0: real" in failed and "not finite" in failed
-    assert [f.name.split("-")[0] for f in tmp_path.glob("*.json")] == ["12"]
+    assert "n=30 subset 0: real" in failed and "not finite" in failed and "posterior" not in failed
+    assert sorted(f.name.split("-")[0] for f in tmp_path.glob("*.json")) == ["12", "12", "30"]
 
 
 # ---- mistakes ---------------------------------------------------------------------------------
