@@ -337,11 +337,16 @@ def test_boundary_spreads_the_top_percentage_evenly():
 def test_hybrid_mixer_without_a_decoder_is_mixup_of_other_classes():
     y = torch.arange(30) % 3
     x = (y.float() / 2)[:, None, None, None].expand(30, 1, 4, 4)        # grey says the class
-    mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), lambda z: torch.zeros(
-        len(z), 1, 4, 4), world()[3], rule="weight", generator=seeded())
-    made, q = mixer(x, y)
-    close(made, (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made))
-    assert 0.2 < q.gather(1, y[:, None]).mean() < 0.8 and ((q > 0).sum(1) == 2).all()
+    weights = torch.randn(2, 16, generator=seeded())
+    for decode, first in ((lambda z: z.new_zeros(len(z), 1, 4, 4), 0),
+                          (lambda z: (z @ weights).sigmoid().view(-1, 1, 4, 4), 15)):
+        mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), decode, world()[3],
+                                    rule="weight", generator=seeded())
+        made, q = mixer(x, y)
+        plain = (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made)
+        close(made[first:], plain[first:])              # the decoder has a say in the first half
+        assert not first or (made[:first] - plain[:first]).abs().amax((1, 2, 3)).min() > 1e-4
+        assert 0.2 < q.gather(1, y[:, None]).mean() < 0.8 and ((q > 0).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("same_class", [True, False])
