@@ -24,7 +24,8 @@ COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
 MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
 CHECKS := real mixup real+hybrid cutmix 'hybrid only' 'prior hybrid' 'weight labels' \
-          'density labels' 'no residual' 'all decoded' 'mixup density labels' reconstructions 'latent posterior'
+          'density labels' 'no residual' 'all decoded' 'mixup density labels' reconstructions \
+          'latent posterior'
 LABELS := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
 STEP   := $(if $(STEPS),--steps $(STEPS))
 

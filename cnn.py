@@ -153,10 +153,9 @@ def beta(x, alpha, generator):
 
 def mixup(x, q, generator, alpha=4.0):
     """A convex combination of two images and their labels (Zhang et al. 2018), alpha our best."""
-    t = beta(x, alpha, generator)
-    other = torch.randperm(len(x), device=x.device, generator=generator)
-    w = t[:, None, None, None]
-    return w * x + (1 - w) * x[other], t[:, None] * q + (1 - t[:, None]) * q[other]
+    t = beta(x, alpha, generator)[:, None]
+    other, w = torch.randperm(len(x), device=x.device, generator=generator), t[..., None, None]
+    return w * x + (1 - w) * x[other], t * q + (1 - t) * q[other]
 
 def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""

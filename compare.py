@@ -39,7 +39,7 @@ class Arm(NamedTuple):
     residual: bool = True
     mix: str = ""                       # mixup or cutmix
     augment: bool = False
-    pixels: float = 0.5                 # part of the hybrids made without the decoder
+    pixels: float = 0.5                 # part of the hybrids mixed without the decoder
 
 ARMS = {
     "real": Arm(),
@@ -391,7 +391,7 @@ def command(args):
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
     report(table)
     print(*(args.out / name for name in [*pictures, "compare.csv", "compare.json"]), sep="\n")
-    common.need(not failed, f"{len(failed)} subsets are missing; run it again")
+    common.need(not failed, f"{len(failed)} subsets are incomplete; run it again")
 
 def main(argv=None) -> int:
     return common.guard(command, parse_args(argv))

@@ -24,7 +24,7 @@ STRATEGIES = ("between", "boundary", "same", "around", "prior")
 LABELS = ("product", "density", "weight", "argmax", "sampled")
 
 class Points(NamedTuple):
-    """M latent points; those made of codes are z = t mu_i + (1-t) mu_j."""
+    """M latent points; those on lines between codes are z = t mu_i + (1-t) mu_j."""
     z: torch.Tensor                     # (M,D)
     i: torch.Tensor | None = None       # (M,) rows of the codes; None for points from the prior
     j: torch.Tensor | None = None
@@ -59,8 +59,7 @@ def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4) -> Poi
 
 def beta(x, alpha, generator):
     """A draw from Beta(alpha, alpha) a row of x: the median of 2 alpha - 1 uniform numbers."""
-    shape = len(x), 2 * alpha - 1
-    return torch.rand(shape, device=x.device, generator=generator).median(1).values
+    return torch.rand(len(x), 2 * alpha - 1, device=x.device, generator=generator).median(1).values
 
 def partners(y, i, same, generator):
     """For each row i a random row j of the same class, or of another one (of any, if K = 1)."""
@@ -101,32 +100,35 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     return F.one_hot(hard, q.shape[1]).float()
 
 def render(points, decode, mu, images, residual=True, pixels=0.0, batch=1000):
-    """Images (M,C,H,W) of points: their sources mixed, and what the decoder makes of the mixture.
+    """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
-    The residual hybrid is sum_k w_k x_k + decode(z) - sum_k w_k decode(mu_k), clipped; at z = mu_k
-    it is x_k: no sharpness is lost. In the last points, the part `pixels`, the decoder has no say.
-    `images`, the sources of mu, are uint8 or float in [0,1], and the result is like them.
+    x = decode(z) + t (x_i - decode(mu_i)) + (1-t) (x_j - decode(mu_j)), clipped; at z = mu_i it
+    is x_i, so no sharpness is lost. The last points, the part `pixels` of all, are t x_i +
+    (1-t) x_j, never decoded. Points from the prior, and all without `residual`, are decode(z).
+    `images`, the sources of the codes mu, are uint8 or float in [0,1]; the result is like them.
     """
     whole = images.dtype == torch.uint8
-    like = lambda x: (x * 255).round().byte() if whole else x
+    like = lambda x: (x * 255).round().byte() if whole else x.to(images.dtype)
     if not residual or points.i is None:
         return torch.cat([like(decode(z)) for z in points.z.split(batch)])
-    used, place = torch.cat([points.i, points.j]).unique(return_inverse=True)
+    said = round((1 - pixels) * len(points.z))          # so many are decoded
+    used, place = torch.cat([points.i[:said], points.j[:said]]).unique(return_inverse=True)
     known = torch.cat([decode(mu[k]).to(torch.half if whole else images.dtype)
                        for k in used.split(batch)])
-    source = lambda k: images[used[k]] / (255 if whole else 1)
-    say = torch.arange(len(points.z), device=mu.device) < round((1 - pixels) * len(points.z))
-    t, say, out = points.t[:, None, None, None], say[:, None, None, None], []
-    for z, i, j, t, say in zip(*(v.split(batch) for v in (points.z, *place.chunk(2), t, say))):
-        own = decode(z) - (t * known[i] + (1 - t) * known[j])
-        out.append(like((t * source(i) + (1 - t) * source(j) + say * own).clamp(0, 1)))
+    mix = lambda a, b, t: t[:, None, None, None] * a + (1 - t)[:, None, None, None] * b
+    source, place, out = lambda k: images[k] / (255 if whole else 1), place.view(2, said), []
+    for rows in torch.arange(len(points.z), device=mu.device).split(batch):
+        x = mix(source(points.i[rows]), source(points.j[rows]), points.t[rows])
+        rows = rows[rows < said]
+        x[:len(rows)] += decode(points.z[rows]) - mix(*known[place[:, rows]], points.t[rows])
+        out.append(like(x.clamp(0, 1)))
     return torch.cat(out)
 
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4); the decoder
-    has a say in half of them.
+    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4); the last
+    half of the batch is mixed as pixels.
     encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
@@ -138,8 +140,7 @@ class HybridMixer:
     @torch.no_grad()
     def __call__(self, x, y):
         mu, i = self.encode(x)[0], torch.arange(len(x), device=x.device)
-        j = partners(y, i, False, self.generator)
-        t = beta(x, 4, self.generator)
+        j, t = partners(y, i, False, self.generator), beta(x, 4, self.generator)
         points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
         return render(points, self.decode, mu, x, pixels=0.5), q
@@ -163,11 +164,12 @@ def parse_args(argv=None):
         "points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
-    add("--pixels", type=common.number(float, 0, 1), default=0.5, help="part of the residual "
-        "hybrids that are mixed as pixels, without the decoder")
+    add("--pixels", type=common.number(float, 0, 1), default=0.5, help="the last part of them is "
+        "mixed as pixels, not decoded (none of around, prior and --no-residual)")
     add("--export", type=Path, metavar="DIR", help="also PNG files, and their labels.csv")
     args = parser.parse_args(argv)
     args.label = args.label or ("density" if args.strategy == "prior" else "product")
+    args.pixels *= args.residual and args.strategy not in ("around", "prior")
     if args.strategy == "prior" and args.label in ("product", "weight"):
         parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
     return args
@@ -177,7 +179,7 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
     from latent import words
     from vae import COLOURS, picture
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    shown = torch.arange(min(len(q), rows * columns))
+    shown = torch.linspace(0, len(q) - 1, min(len(q), rows * columns)).long()
     if rows > 1:                        # a walk keeps its order
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
@@ -236,7 +238,7 @@ def command(args):
         return x, label(args.label, points, y, posterior, generator)
 
     points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
-    x, q = make(points, args.pixels * (args.strategy != "around"))
+    x, q = make(points, args.pixels)
     again = posterior(encode_all(model, x, amp)[0])        # where do the made images lie?
     moved = (again - posterior(points.z)).abs().sum(1) / 2
     metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
@@ -246,9 +248,8 @@ def command(args):
     i = torch.zeros(9, dtype=torch.long, device=device)
     j = partners(y, i[:1], False, generator).expand(9)
     t = torch.linspace(1, 0, 9, device=device)
-    strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
-    strip_x, strip_q = make(strip) if args.strategy != "prior" else \
-        (decode_all(model, strip.z, amp), posterior(strip.z))
+    strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), *[i, j, t] * (args.strategy != "prior"))
+    strip_x, strip_q = make(strip)
     common.write(args.out / "hybrids.png",
                  draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
     common.save(args.out / "hybrids.pt", args, data, metrics, [
@@ -257,7 +258,6 @@ def command(args):
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
     if args.export:
-        args.export.mkdir(parents=True, exist_ok=True)
         common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
         print(args.export / "labels.csv")
     print(args.out / "hybrids.png", args.out / "hybrids.pt", sep="\n")

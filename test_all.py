@@ -720,13 +720,15 @@ def test_export_survives_any_class_name(tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    *(["--strategy", s] for s in hybrids.STRATEGIES[1:]), ["--no-residual"],
+    *(["--strategy", s] for s in hybrids.STRATEGIES[1:]), ["--no-residual"], ["--pixels", "1"],
     *(["--label", rule] for rule in hybrids.LABELS[1:])], ids=" ".join)
 def test_every_kind_of_hybrid(copy, words):
     assert run("hybrids", "-o", copy, "--count", 30, *words) == 0
     h = read(copy / "hybrids.pt")
     assert h["images"].shape == (30, 1, 16, 16) and not unfinished(copy)
     close(h["q"].sum(1), torch.ones(30))
+    decoded = {"around", "prior", "--no-residual"} & set(words)         # all of them
+    assert h["settings"]["pixels"] == (0 if decoded else 1 if words[0] == "--pixels" else 0.5)
 
 
 def percentages(text):
@@ -959,6 +961,15 @@ def test_labels_reach_the_images_that_have_none():
     assert (many.y[12:] == y).float().mean() > 0.9
     blurred = compare.Source(x[:12], torch.arange(12) % 5, 5, 0, recipe, 0, model, [x])
     assert len(blurred.y) == 12         # these labels mislead
+
+
+def test_the_decoder_has_a_say_in_the_first_half_of_a_pool():
+    x, y = easy(60)
+    source = compare.Source(x, y, 3, 0, dict(steps=4, vae_steps=20, latent_dim=2, amp=False))
+    (mixed, q), (decoded, same), (plain, _) = (
+        source.pool(compare.Arm("between", pixels=p)) for p in (0.5, 0.0, 1.0))
+    assert torch.equal(q, same) and len(mixed) == 256 and not torch.equal(decoded, plain)
+    assert torch.equal(mixed, torch.cat([decoded[:128], plain[128:]]))
 
 
 def test_a_failing_arm_is_recorded_and_the_others_go_on(grid, tmp_path):
@@ -1253,7 +1264,7 @@ def test_a_dead_rank_costs_its_cells_only(grid, tmp_path, capsys):
     assert process.wait(timeout=60) != 0
     kept = {f: f.read_bytes() for f in tmp_path.glob("cells/*.json")}
     assert run("compare", *words, "--gather") == 2 and kept
-    assert "subsets are missing" in capsys.readouterr().err
+    assert "subsets are incomplete" in capsys.readouterr().err
     assert torchrun(3, HERE / "compare.py", *words, "--threads", 1).wait(timeout=300) == 0
     assert run("compare", *words, "--gather") == 0
     assert all(f.read_bytes() == content for f, content in kept.items())
