@@ -55,9 +55,9 @@ ARMS = {
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
     "all decoded": Arm("between", pixels=0.0),
-    "mixup density labels": Arm("between", "density", pixels=1.0),      # the same pairs
+    "mixup density labels": Arm("between", "density", pixels=1.0),  # the same pairs, undecoded
     "reconstructions": Arm("around", "weight", residual=False),
-    "pseudo-labels": Arm("around", "weight", pixels=1.0),       # of --vae-data all: the images
+    "pseudo-labels": Arm("around", "weight", pixels=1.0),   # images as such: --vae-data all
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
