@@ -37,7 +37,7 @@ class Posterior:
         """log(p(z|c) + b) (M,K)."""
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
-    def set_floor(self, log_density, quantile=0.01):
+    def set_floor(self, log_density, quantile=0.001):
         """b = a low quantile of the codes' leave-one-out density, one for all classes -> self."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
         finite = marginal[marginal.isfinite()]
@@ -130,12 +130,12 @@ class Gaussian(Posterior):
 def teach(mu, logvar, y, classes, bandwidth=1.0):
     """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
 
-    T = 1 + 3 (1-s)/s, s the codes' leave-one-out accuracy, rescaled so that guessing is 0.
+    T = 1 + 3 (1-s)/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
-    accuracy = (posterior.weigh(log_density).argmax(1) == own).float().mean().item()
-    guess = posterior.prior.max().item()
+    right = posterior.set_floor(log_density, 0.01).weigh(log_density).argmax(1) == own
+    accuracy, guess = right.float().mean().item(), posterior.prior.max().item()
     skill = max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
     posterior.temperature = 1 + 3 * (1 - skill) / skill
     return posterior

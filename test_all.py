@@ -234,6 +234,14 @@ def test_best_temperature_is_the_true_one_and_sets_nothing():
     assert posterior.temperature == 7.0
 
 
+def test_the_floor_is_a_low_quantile_of_the_codes_own_densities():
+    mu, logvar, y = codes(300, 4)
+    posterior = latent.Aggregate.fit(mu, logvar, y, 3)
+    own = (posterior.leave_one_out()[0] + posterior.prior.log()).logsumexp(1)
+    assert posterior.log_floor == approx(own.quantile(0.001).item())
+    assert latent.teach(mu, logvar, y, 3).log_floor == approx(own.quantile(0.01).item())
+
+
 def test_calibrate_finds_the_smallest_held_out_nll():
     mu, logvar, y = codes(500, 4)
     fit = functools.partial(latent.Aggregate.fit, mu[:300], logvar[:300], y[:300], 3)
