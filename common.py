@@ -1,5 +1,6 @@
 """What the scripts share: flags, data sets and files. It knows nothing of models."""
 import argparse
+import ctypes
 import difflib
 import hashlib
 import io
@@ -98,6 +99,9 @@ def start(args):
         except (ImportError, OSError):  # Windows and some network drives have no such lock
             pass
     torch.set_num_threads(args.threads or torch.get_num_threads())
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", min) if os.name == "posix" else min
+    mallopt(-1, 2**29), mallopt(-3, 2**25)      # glibc: keep what is freed, the next step wants it
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": f"{2**29}", "MALLOC_MMAP_THRESHOLD_": f"{2**25}"}
     cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
     need({"cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}[name],
@@ -158,7 +162,7 @@ def load_dataset(args, device, upstream=None) -> Dataset:
         raise Mistake(f"no data set or folder {spec!r}; {hint}")
     check(data, args.image_size)
     need(not known or data.facts(args)["fingerprint"] == known["fingerprint"], f"{args.out}/vae.pt "
-         f"was made from other images than {spec}; make it again with: {cure(args, 'vae.pt')}")
+         f"was made from other images than {spec}; make it with: {cure(args, 'vae.pt')}")
     for key in ("images", "labels", "test_images", "test_labels"):
         setattr(data, key, getattr(data, key).to(device))
     return data
@@ -215,8 +219,7 @@ def npz_dataset(path: Path) -> Dataset:
             need_memory(2 * sum(part.file_size for part in file.zip.infolist()), path)
             x, x_test = (as_images(file[key]) for key in ("x_train", "x_test"))
             y, y_test = (file[key] for key in ("y_train", "y_test"))
-            if any((v % 1 != 0).any() for v in (y, y_test)):            # NaN too
-                raise ValueError("labels must be whole numbers")
+            need(not any((v % 1 != 0).any() for v in (y, y_test)), "labels must be whole numbers")
             y, y_test = (torch.from_numpy(v.astype(np.int64).reshape(-1)) for v in (y, y_test))
             classes = file["classes"].tolist() if "classes" in file.files else None
     except Exception as error:                          # zip, zlib and numpy have many
@@ -231,8 +234,7 @@ def as_images(array) -> torch.Tensor:
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
     if array.size and (array.dtype != np.uint8 or array.max() <= 1):
-        if not (array.min() >= 0 and array.max() <= 255):           # NaN fails both
-            raise ValueError("pixels that are NaN or outside [0, 255]")
+        need(array.min() >= 0 and array.max() <= 255, "pixels that are NaN or outside [0, 255]")
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(array))
 
@@ -354,26 +356,24 @@ def save(path: Path, args, data: Dataset, metrics: dict, made_from=(), **content
 def read(path: Path, device="cpu") -> dict:
     """A .pt file of plain tensors; raises where a bit has changed, which torch does not check."""
     with zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError(f"{path} is damaged")
+        need(not file.testzip(), f"{path} is damaged")
     return torch.load(path, map_location=device, weights_only=True)
 
 def load(args, kind: str, device="cpu") -> dict:
     """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the cure."""
-    path, command = args.out / f"{kind}.pt", cure(args, f"{kind}.pt")
-    need(path.exists(), f"{path} not found; make it with: {command}")
-    again = f"make it again with: {command}"
+    path, cured = args.out / f"{kind}.pt", f"make it with: {cure(args, f'{kind}.pt')}"
+    need(path.exists(), f"{path} not found; {cured}")
     try:
         saved = read(path, device)
         found, version, sources = saved["kind"], int(saved["format"]), saved["made_from"].items()
     except Exception:                   # zip, pickle and torch each have their own errors
-        raise Mistake(f"{path} is damaged; {again}") from None
+        raise Mistake(f"{path} is damaged; {cured}") from None
     need(found == kind and version <= FORMAT,
-         f"{path} is a {found} file of format {version}; wanted {kind}, {FORMAT}; {again}")
+         f"{path} is a {found} file of format {version}; wanted {kind}, {FORMAT}; {cured}")
     for stem, mark in sources:
         source = args.out / f"{stem}.pt"
         need(not source.exists() or fingerprint(source) == mark,
-             f"{path} was made from another {stem}.pt; {again}")
+             f"{path} was made from another {stem}.pt; {cured}")
     return saved
 
 def cure(args, name: str) -> str:
