@@ -1518,8 +1518,8 @@ def plain_loop(model, loss_of, batch, steps=60):
     return steps * batch / (time.perf_counter() - start)
 
 
-def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, vae_lr=5e-3,
-          vae_batch=64):
+def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1150, vae_lr=5e-3,
+          vae_batch=64, momentum=0.7):
     """Train on all of MNIST as long as it takes; print a table and write assets/bench.json."""
     threads, rows = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())), []
     args = vae.parse_args(["--dataset", "mnist", "--data-dir", bench_data(), "-o", "runs/bench",
@@ -1537,9 +1537,9 @@ def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, va
         print("{work:46}{quality:>16}{seconds:9.2f} s{images_per_second:10,} images/s".format(
             **rows[-1]), f"  {rows[-1]['to_plain_loop']} times the plain loop" * bool(plain))
 
-    def fit(module, model, batches, steps, lr):
+    def fit(module, model, batches, steps, lr, **more):
         for _ in module.fit(model, batches, steps=steps, lr=lr, rounds=1, amp=amp,
-                            generator=generator.manual_seed(0)):
+                            generator=generator.manual_seed(0), **more):
             pass
 
     torch.manual_seed(0)
@@ -1559,7 +1559,7 @@ def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1400, va
     note(f"VAE, {vae_steps:,} steps of {vae_batch}",
          lambda: f"{elbo()['negative_elbo']:.1f} nats on test",
         vae_batch * vae_steps, lambda: fit(
-            vae, model, vae.batches(data.images, vae_batch), vae_steps, vae_lr),
+            vae, model, vae.batches(data.images, vae_batch), vae_steps, vae_lr, momentum=momentum),
         plain_loop(flat, lambda x, y: sum(vae.elbo_terms((out := flat(x))[0], x, *out[1:])),
                    vae_batch))
 

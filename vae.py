@@ -68,16 +68,16 @@ def elbo_terms(logits, x, mu, logvar):
     kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum() / len(x)
     return reconstruction, kl
 
-def fit(model, next_batch, *, steps, generator, lr=3e-3, beta=1, rounds=10, amp=False, state=None):
+def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, rounds=10, amp=False,
+        state=None):
     """Maximise the ELBO on batches `next_batch(generator) -> x (B,C,H,W)`; yield a dict a round.
 
     A row holds step, reconstruction, kl (nats an image, means of the round), images_per_second
-    and "state": given back as `state`, it resumes the run exactly.
+    and "state": given back as `state`, it resumes the run exactly. `momentum` is Adam's beta_1.
     Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device, first = next(model.parameters()).device, 0
-    optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0,
-                                  fused=True)
+    optimiser = torch.optim.Adam(model.parameters(), lr, betas=(momentum, 0.99), fused=True)
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
