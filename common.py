@@ -100,7 +100,7 @@ def start(args):
             pass
     torch.set_num_threads(args.threads or torch.get_num_threads())
     mallopt = getattr(ctypes.CDLL(None), "mallopt", min) if os.name == "posix" else min
-    mallopt(-1, 2**29), mallopt(-3, 2**25)      # glibc: keep what is freed, the next step wants it
+    mallopt(-1, 2**29), mallopt(-3, 2**25)      # glibc: keep what is freed; processes to come, too
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": f"{2**29}", "MALLOC_MMAP_THRESHOLD_": f"{2**25}"}
     cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "cpu"
@@ -231,8 +231,8 @@ def as_images(array) -> torch.Tensor:
     """An array of images -> uint8 (N,C,H,W). Pixels are in [0,1], or else in [0,255]."""
     array = array[:, None] if array.ndim == 3 else array
     array = array.transpose(0, 3, 1, 2) if array.ndim == 4 and array.shape[3] in (1, 3) else array
-    if array.ndim != 4 or array.shape[1] not in (1, 3):
-        raise ValueError(f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
+    need(array.ndim == 4 and array.shape[1] in (1, 3),
+         f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
     if array.size and (array.dtype != np.uint8 or array.max() <= 1):
         need(array.min() >= 0 and array.max() <= 255, "pixels that are NaN or outside [0, 255]")
         array = (array * (255.0 if array.max() <= 1 else 1.0)).round().astype(np.uint8)
