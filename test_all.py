@@ -4,6 +4,7 @@
 
 The maths is held against torch.distributions, closed forms and brute force, never against itself.
 """
+import contextlib
 import csv
 import doctest
 import functools
@@ -985,6 +986,152 @@ def test_a_failing_arm_is_recorded_and_the_others_go_on(grid, tmp_path):
     failed, = compare.run_grid([(30, 0), (12, 0)], work, 1, 1, lambda *progress: None)
     assert "n=30 subset 0: real" in failed and "not finite" in failed and "posterior" not in failed
     assert sorted(f.name.split("-")[0] for f in tmp_path.glob("*.json")) == ["12", "12", "30"]
+
+
+# ---- a GPU for machines without one -----------------------------------------------------------
+
+@contextlib.contextmanager
+def pretend_gpu():
+    """A device `gpu` that computes on the processor -> it, and a list of what made it wait.
+
+    As with a real one, tensors and generators of two devices do not mix, and no .pt for other
+    machines holds its tensors. A number, a copy, a shape that depends on data: each is a wait.
+    The device stays, so this belongs into a process of its own.
+    """
+    import torch._dynamo                # both are to find the true torch.Generator
+    import torch.distributed.tensor
+    from torch.overrides import TorchFunctionMode
+    from torch.utils import _pytree as tree
+    from torch.utils import backend_registration
+    from torch.utils._python_dispatch import TorchDispatchMode
+    module = backend_registration._DummyBackendModule()
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    backend_registration._setup_privateuseone_for_python_backend("gpu", module)
+    aten, device, waits, true_generator = torch.ops.aten, torch.device("gpu:0"), [], torch.Generator
+
+    class Gpu(torch.Tensor):
+        @staticmethod
+        def __new__(cls, true):
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, true.shape, true.stride(), true.storage_offset(), dtype=true.dtype,
+                device=device)
+            self.true = true
+            return self
+
+        def tolist(self):
+            waits.append("tolist")
+            return self.true.tolist()
+
+        @classmethod
+        def __torch_dispatch__(cls, op, types, args=(), words=None):
+            return compute(op, args, words or {})
+
+    def true_of(it):
+        return it.true if isinstance(it, Gpu) else torch.device("cpu") \
+            if isinstance(it, torch.device) else it
+
+    def compute(op, args, words):
+        tensors = [v for v in tree.tree_leaves((args, words)) if isinstance(v, torch.Tensor)]
+        ours = {id(v.true): v for v in tensors if isinstance(v, Gpu)}
+        mixed = ours and any(v.dim() for v in tensors if not isinstance(v, Gpu))
+        takes_rows = op in (aten.index.Tensor, aten.index_put_.default) and isinstance(args[0], Gpu)
+        assert op is aten.copy_.default or takes_rows or not mixed, f"two devices in {op}"
+        home = isinstance(args[0], Gpu) if op is aten.copy_.default else bool(ours) \
+            if words.get("device") is None else torch.device(words["device"]).type == "gpu"
+        if mixed or ours and not home or takes_rows and tensors[1].dtype == torch.bool or ours and \
+                op in (aten._local_scalar_dense.default, aten.nonzero.default,
+                       aten.bincount.default, aten._unique2.default, aten.masked_select.default):
+            waits.append(str(op))
+        out = op(*tree.tree_map(true_of, args), **tree.tree_map(true_of, words))
+        return tree.tree_map_only(torch.Tensor, lambda v: ours[id(v)] if id(v) in ours else Gpu(v),
+                                  out) if home else out
+
+    class Compute(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), words=None):
+            return compute(op, args, words or {})
+
+    class Generator(true_generator):
+        def __new__(cls, device="cpu"):
+            self = super().__new__(cls)
+            self.place = torch.device(device).type
+            return self
+
+    class SameDevice(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), words=None):
+            out, g = function(*args, **words or {}), (words or {}).get("generator")
+            assert not isinstance(g, Generator) or not isinstance(out, torch.Tensor) or \
+                g.place == out.device.type, f"a generator of {g.place} in {function}"
+            return out
+
+    def copy_from(source, target, wait=False):
+        true_of(target).copy_(true_of(source))
+        return target
+
+    def move(it, where):
+        return tree.tree_map_only(torch.Tensor, lambda v: v.to(where), it)
+
+    def write(path, content):
+        left = any(isinstance(v, Gpu) for v in tree.tree_leaves(content))
+        assert not left or path.name.endswith(".last.pt"), f"{path} holds tensors of the GPU"
+        true_write(path, move(content, "cpu") if left else content)
+
+    kernels = torch.library.Library("aten", "IMPL")     # what Python's brackets ask for
+    kernels.impl("_copy_from", copy_from, "PrivateUse1")
+    for name in ("empty_strided", "empty.memory_format"):
+        make = getattr(aten, name.split(".")[0])
+        kernels.impl(name, lambda *args, make=make, dtype=None, **words:
+                     Gpu(make(*args, dtype=dtype)), "PrivateUse1")
+    true_read, true_write, true_start = common.read, common.write, common.start
+    common.read = lambda path, device="cpu": move(true_read(path), device)
+    common.write, common.start = write, lambda args: (true_start(args), (device, False))[1]
+    torch.Generator = Generator
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with Compute(), SameDevice():
+        yield device, waits
+
+
+def on_the_gpu(folder):
+    """Every script runs on the device; a round of training waits once, however many its steps."""
+    with pretend_gpu() as (device, waits):
+        for refused in (lambda: torch.ones(2, device=device) + torch.ones(2),
+                        lambda: torch.rand(2, generator=torch.Generator(device)),
+                        lambda: torch.ones(2, device=device).numpy()):
+            with pytest.raises((AssertionError, RuntimeError)):
+                refused()
+        data = npz(Path(folder, "tiny.npz"))
+        few = ["--sizes", 12, "--seeds", 1, "--steps", 3, "--vae-steps", 3, "--width", 4, "--arms"]
+        for words in (["vae", "--dataset", data, "--steps", 4], ["latent"],
+                      *(["hybrids", "--count", 40, "--strategy", s] for s in hybrids.STRATEGIES),
+                      ["cnn", "--steps", 4, "--augment", "--mixup", 0.5, "--cutmix", 1],
+                      ["compare", *few, *compare.ARMS],
+                      ["compare", *few, "real+hybrid", "--vae-data", "all"]):
+            assert run(*words, "-o", folder) == 0
+        x, y = (v.to(device) for v in easy(60))
+        real, g = (x, F.one_hot(y, 3).float()), torch.Generator(device)
+        for module, batch, model in (
+                (vae, vae.batches(x, 8), vae.VAE(1, 16, 16, 4)),
+                (cnn, cnn.batches(real, 8, real, cnn.mixup, transforms=[cnn.augment]),
+                 cnn.CNN(1, 3, 4, 16))):
+            model, counts = model.to(device), []
+            for steps in (2, 12):
+                waits.clear()
+                list(module.fit(model, batch, steps=steps, rounds=1, generator=g))
+                counts.append(len(waits))
+            assert counts == [1, 1], (module, waits)
+        assert cnn.augment(x.float().repeat(1, 3, 1, 1), None, g)[0].device == device   # in colour
+        model = vae.VAE(1, 16, 16, 4).to(device)
+        posterior = latent.teach(*vae.encode_all(model, x), y, 3)
+        mixer = hybrids.HybridMixer(model.encode, model.decode, posterior, generator=g)
+        assert all(v.device == device for v in mixer(x.float() / 255, y))
+
+
+@pytest.mark.skipif(not hasattr(torch.utils.backend_registration,
+                                "_setup_privateuseone_for_python_backend"),
+                    reason="this torch has no devices in Python")
+def test_everything_runs_on_a_gpu_and_a_round_waits_once(tmp_path):
+    code = f"import test_all; test_all.on_the_gpu({str(tmp_path)!r})"
+    done = shell(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- mistakes ---------------------------------------------------------------------------------
