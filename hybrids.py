@@ -30,20 +30,21 @@ class Points(NamedTuple):
     j: torch.Tensor | None = None
     t: torch.Tensor | None = None       # (M,) in [0,1]
 
-def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4) -> Points:
+def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4, same=0.3) -> Points:
     """Draw `count` points from codes mu, logvar (N,D) with labels y (N,).
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
-    between   on the line between two codes of different classes, t ~ Beta(alpha, alpha)
-    same      on the line between two codes of one class
-    boundary  between, t uniform, thinned so that max q is spread evenly over [1/2, 1]
+    between   on the line between two codes, t ~ Beta(alpha, alpha): a part `same` of them
+              of one class, the others of two
+    same      all of them of one class
+    boundary  none of them; t uniform, thinned so that max q is spread evenly over [1/2, 1]
     """
     device = mu.device
     if strategy == "prior":
         return Points(torch.randn(count, mu.shape[1], device=device, generator=generator))
     if strategy == "boundary":
-        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, alpha=1)
+        points = sample("between", 8 * count, mu, logvar, y, posterior, generator, 1, same=0)
         top = posterior(points.z).amax(1)
         bins = ((top - 0.5) * 20).floor().long().clamp(-1, 9)           # ten bins over [1/2, 1]
         weight = (1 / (bins + 1).bincount(minlength=11).clamp(min=1))[bins + 1] * (bins >= 0)
@@ -54,7 +55,8 @@ def sample(strategy, count, mu, logvar, y, posterior, generator, alpha=4) -> Poi
     if strategy == "around":
         noise = torch.randn(count, mu.shape[1], device=device, generator=generator)
         return Points(mu[i] + noise * (logvar[i] / 2).exp(), i, i, torch.ones(count, device=device))
-    j, t = partners(y, i, strategy == "same", generator), beta(mu[i], alpha, generator)
+    j = partners(y, i, 1 if strategy == "same" else same, generator)
+    t = beta(mu[i], alpha, generator)
     return Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
 
 def beta(x, alpha, generator):
@@ -62,15 +64,14 @@ def beta(x, alpha, generator):
     return torch.rand(len(x), 2 * alpha - 1, device=x.device, generator=generator).median(1).values
 
 def partners(y, i, same, generator):
-    """For each row i a random row j of the same class, or of another one (of any, if K = 1)."""
+    """For each row i a random row j: with chance `same` of its class, or else of another one."""
     order, counts = y.argsort(stable=True), y.bincount()
-    first = counts.cumsum(0) - counts
-    size, others = counts[y[i]], len(y) - counts[y[i]]
-    draw = torch.rand(len(i), device=y.device, generator=generator)
-    if same or not others.any():
-        return order[first[y[i]] + (draw * size).long().clamp(max=size - 1)]
-    skip = first[y[i]] + size + (draw * others).long().clamp(max=others - 1)
-    return order[skip % len(y)]                         # the block of class y_i is stepped over
+    size, first = counts[y[i]], (counts.cumsum(0) - counts)[y[i]]
+    chance, draw = torch.rand(2, len(i), device=y.device, generator=generator)
+    alike = (chance < same) | (size == len(y))          # there may be no other class
+    count = torch.where(alike, size, len(y) - size)
+    place = first + (draw * count).long().clamp(max=count - 1)
+    return order[torch.where(alike, place, place + size) % len(y)]     # past the block of y_i
 
 def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     """Class probabilities q (M,K) of points, by the named rule.
@@ -127,8 +128,8 @@ def render(points, decode, mu, images, residual=True, pixels=0.0, batch=1000):
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, t ~ Beta(4, 4); the last
-    half of the batch is mixed as pixels.
+    Between the codes of each image and of another one of the batch, as `sample` does by default;
+    a random half of the batch is mixed as pixels.
     encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
@@ -139,11 +140,11 @@ class HybridMixer:
 
     @torch.no_grad()
     def __call__(self, x, y):
-        mu, i = self.encode(x)[0], torch.arange(len(x), device=x.device)
-        j, t = partners(y, i, False, self.generator), beta(x, 4, self.generator)
-        points = Points(torch.lerp(mu[j], mu, t[:, None]), i, j, t)
+        mu, i = self.encode(x)[0], torch.randperm(len(x), device=x.device, generator=self.generator)
+        j, t = partners(y, i, 0.3, self.generator), beta(x, 4, self.generator)
+        points = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
-        return render(points, self.decode, mu, x, pixels=0.5), q
+        return render(points, self.decode, mu, x, pixels=0.5)[i.argsort()], q[i.argsort()]
 
 def entropy(q):
     """Of each row of q (M,K), in nats.
@@ -246,7 +247,7 @@ def command(args):
                "histogram": entropy(q).histc(20, 0, math.log(len(data.classes))).tolist()}
     # The walk: nine steps from the first code to a random one of another class.
     i = torch.zeros(9, dtype=torch.long, device=device)
-    j = partners(y, i[:1], False, generator).expand(9)
+    j = partners(y, i[:1], 0, generator).expand(9)
     t = torch.linspace(1, 0, 9, device=device)
     strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), *[i, j, t] * (args.strategy != "prior"))
     strip_x, strip_q = make(strip)

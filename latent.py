@@ -130,14 +130,13 @@ class Gaussian(Posterior):
 def teach(mu, logvar, y, classes, bandwidth=1.0):
     """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
 
-    T = 1 + 3 (1-s)/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
+    T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
     right = posterior.set_floor(log_density, 0.01).weigh(log_density).argmax(1) == own
     accuracy, guess = right.float().mean().item(), posterior.prior.max().item()
-    skill = max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
-    posterior.temperature = 1 + 3 * (1 - skill) / skill
+    posterior.temperature = 1 / max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
     return posterior
 
 def class_means(mu, y, classes):

@@ -329,7 +329,8 @@ def test_points_lie_where_they_should(strategy):
         assert white.mean(0).abs().max() < 0.06 and (white.var(0) - 1).abs().max() < 0.1
     else:
         close(p.z, p.t[:, None] * mu[p.i] + (1 - p.t[:, None]) * mu[p.j])
-        assert ((y[p.i] == y[p.j]) == (strategy == "same")).all()
+        alike = {"same": 1, "between": 0.3, "boundary": 0}[strategy]
+        assert (y[p.i] == y[p.j]).float().mean() == approx(alike, abs=0.03 * (0 < alike < 1))
         assert 0 <= p.t.min() and p.t.max() <= 1
     if strategy in ("between", "same"):                     # Beta(4, 4): a variance of 1/36
         assert abs(p.t.mean() - 0.5) < 0.01 and abs(36 * p.t.var() - 1) < 0.1
@@ -342,25 +343,27 @@ def test_boundary_spreads_the_top_percentage_evenly():
     assert top.min() >= 0.5 and (top.histc(10, 0.5, 1) - 500).abs().max() < 150
 
 
-def test_hybrid_mixer_without_a_decoder_is_mixup_of_other_classes():
-    y = torch.arange(30) % 3
-    x = (y.float() / 2)[:, None, None, None].expand(30, 1, 4, 4)        # grey says the class
+def test_hybrid_mixer_without_a_decoder_is_mixup():
+    y = torch.arange(300) // 100                                        # sorted, as a batch may be
+    x = (y.float() / 2)[:, None, None, None].expand(300, 1, 4, 4)       # grey says the class
     weights = torch.randn(2, 16, generator=seeded())
-    for decode, first in ((lambda z: z.new_zeros(len(z), 1, 4, 4), 0),
-                          (lambda z: (z @ weights).sigmoid().view(-1, 1, 4, 4), 15)):
+    for decode, decoded in ((lambda z: z.new_zeros(len(z), 1, 4, 4), 0),
+                            (lambda z: (z @ weights).sigmoid().view(-1, 1, 4, 4), 105)):
         mixer = hybrids.HybridMixer(lambda x: (x.flatten(1)[:, :2], None), decode, world()[3],
                                     rule="weight", generator=seeded())
         made, q = mixer(x, y)
         plain = (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made)
-        close(made[first:], plain[first:])              # the decoder has a say in the first half
-        assert not first or (made[:first] - plain[:first]).abs().amax((1, 2, 3)).min() > 1e-4
-        assert 0.2 < q.gather(1, y[:, None]).mean() < 0.8 and ((q > 0).sum(1) == 2).all()
+        moved = (made - plain).abs().amax((1, 2, 3)) > 1e-4     # codes of one class are the same
+        assert moved.sum() == approx(decoded, abs=20)           # 0.7 of the half that is decoded
+        assert not decoded or (moved.view(3, 100).sum(1) > 20).all()    # all over the batch
+        assert (q.gather(1, y[:, None]) > 0).all()              # each row is of its own image
+        assert ((q > 0).sum(1) == 1).float().mean() == approx(0.3, abs=0.08)
 
 
 @pytest.mark.parametrize("same_class", [True, False])
 def test_partners(same_class):
     y, i = torch.tensor([2, 0, 1, 1, 0, 1, 2]), torch.arange(7).repeat(500)
-    j = hybrids.partners(y, i, same_class, seeded())
+    j = hybrids.partners(y, i, float(same_class), seeded())
     assert set(zip(i.tolist(), j.tolist())) == {                        # these, and no other
         (a, b) for a in range(7) for b in range(7) if (y[a] == y[b]) == same_class}
 
