@@ -323,7 +323,7 @@ def draw_reliability(axes, metrics):
                   color=colour, label=name)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    tidy(axes, "Do 30% mean 30%?", "stated percentage", "observed frequency on test images")
+    tidy(axes, "Does 30% mean 30%?", "stated percentage", "observed frequency on test images")
 
 def answer(args):
     import common
