@@ -180,7 +180,7 @@ def corrupt(images, seed=0):
 
 # ---- what compare.py uses as well ------------------------------------------------------------
 def judge(logits_of, images, y, held, held_y) -> dict:
-    """Scores on images, plain and after one temperature fitted on held-out images."""
+    """Scores on images, plain, after one temperature fitted on held-out images, and made harder."""
     from latent import scores, subsample
     logits, held_logits, few = logits_of(images), logits_of(held), subsample(len(y), 2000)
     best = min(torch.logspace(-2, 4, 61, base=2).tolist(),

@@ -47,8 +47,8 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
     add("-o", "--out", type=Path, help="the working directory; without it runs/<data set>")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of every random choice")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: not mps")
-    add("--threads", type=number(int, 1), help="processor threads; without it all cores")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 or not; without it as fast")
+    add("--threads", type=number(int, 1), help="of the processor; without it all, or 1 a cell")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 or not; else the faster")
     add("--quiet", action="store_true", help="results only, no progress")
     return parser
 
@@ -74,7 +74,7 @@ def guard(command, args) -> int:
     except OSError as error:
         message, code = f"{error.filename or args.out}: {error.strerror or error}; mend that", 2
     except (MemoryError, RuntimeError) as error:        # torch's own, on every device
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if "memory" not in repr(error).lower() or "illegal memory" in str(error):
             raise
         message, code = "out of memory; use fewer or smaller images, or --device cpu", 2
     finally:
@@ -133,7 +133,7 @@ class Dataset:
         """What a file says of its data set: enough to load it again, and to know it again."""
         parts = self.images, self.labels, self.test_images, self.test_labels
         seen = "".join(fingerprint(part.cpu().numpy().tobytes()) for part in parts)
-        light = self.images[:1000, :, [0, -1]].float().mean().item() > 127      # the background
+        light = (self.images[:, :, [0, -1]].float().mean((1, 2, 3)) > 127).float().mean().item()
         return {"name": self.name, "spec": args.dataset, "data_dir": args.data_dir,
                 "image_size": args.image_size, "shape": list(self.images.shape[1:]),
                 "classes": self.classes, "images": len(self.images), "light": light,
@@ -142,7 +142,7 @@ class Dataset:
 def load_dataset(args, device, upstream=None) -> Dataset:
     """The data set that --dataset names, or the one that the `upstream` file was made from."""
     known = upstream["dataset"] if upstream else {}
-    if args.dataset is None:
+    if args.dataset in (None, known.get("spec")):
         args.image_size = known.get("image_size", args.image_size)
     spec = args.dataset = args.dataset or known.get("spec", "glyphs")
     args.data_dir = args.data_dir or known.get("data_dir", "data")
@@ -204,8 +204,8 @@ def torchvision_dataset(datasets, name, root) -> Dataset:
                 break
             except Exception as error:                  # each mirror has its own ways to fail
                 need(not download, f"{name} is not in {root}, and downloading failed ({error}); "
-                     f"put its files into {root}/{kind.__name__} as torchvision does, or use "
-                     "--dataset glyphs meanwhile")
+                     f"put its files into {root}, as torchvision.datasets.{kind.__name__} "
+                     "does, or use --dataset glyphs meanwhile")
                 print(f"{name} is not in {root}: downloading it", file=sys.stderr)
         x = as_images(np.asarray(part.data))
         x = x.transpose(2, 3).contiguous() if emnist else x             # stored lying down

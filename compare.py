@@ -61,7 +61,7 @@ ARMS = {
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
-BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # at most: hybrids of a cell, labels spread
+BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # a batch; at most: hybrids, labels spread
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 VIEWS = 9                               # augmented ones of a grey image, for augment+hybrid's VAE
 

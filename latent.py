@@ -38,7 +38,7 @@ class Posterior:
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
     def set_floor(self, log_density, quantile=0.001):
-        """b = a low quantile of the codes' leave-one-out density, one for all classes -> self."""
+        """b = a low quantile of the codes' own densities, one for all classes -> self."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
         finite = marginal[marginal.isfinite()]
         self.log_floor = float(finite.quantile(quantile)) if len(finite) else -math.inf
@@ -228,7 +228,7 @@ def scores(q, y, bins=15) -> dict:
             "ece": ece(q.amax(1), right, bins)}
 
 def ece(confidence, right, bins=15) -> float:
-    """Mean gap of confidence and accuracy over bins of equal mass (Guo et al. 2017)."""
+    """Mean gap of confidence and accuracy (Guo et al. 2017), over bins of equal mass."""
     level, row = confidence.unique(return_inverse=True)     # ties share their mean gap: no order
     mean = torch.zeros_like(level).scatter_reduce(0, row, confidence - right, "mean",
                                                   include_self=False)

@@ -763,6 +763,21 @@ def test_percentages_of_a_picture_and_of_a_point(chain, tmp_path, capsys):
     assert "inverted" in inverted and percentages(inverted) == percentages(said[-1])
 
 
+def test_photographs_light_and_dark_are_never_inverted(tmp_path):
+    (x, y), names = easy(60), ANIMALS
+    x[::3] = 255 - x[::3]
+    data = common.Dataset(x, y, x, y, names, "photographs")
+    facts = data.facts(common.flags("vae.py", "").parse_args([]))
+    assert facts["light"] == approx(20 / 60, abs=0.02)
+    for k in range(6):
+        Image.fromarray(x[k, 0].numpy()).save(tmp_path / "one.png")
+        assert torch.equal(vae.read_like(tmp_path / "one.png", facts)[0], x[k:k + 1])
+    drawn = common.Dataset(*(2 * [x[1::3], y[1::3]]), names, "chalk")      # all of them dark
+    facts = drawn.facts(common.flags("vae.py", "").parse_args([]))
+    Image.fromarray(255 - x[1, 0].numpy()).save(tmp_path / "one.png")
+    assert torch.equal(vae.read_like(tmp_path / "one.png", facts)[0], x[1:2])
+
+
 def test_predict_a_folder(chain, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for k, image in enumerate(easy(6, seed=9)[0]):

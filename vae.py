@@ -261,8 +261,8 @@ def read_like(path, facts):
     channels, height, width = facts["shape"]
     array = torch.from_numpy(read_image(path, max(height, width), channels == 1).copy())[None]
     array = resize(array, (height, width)) if height != width else array
-    light = array[..., [0, -1], :].float().mean() > 127
-    flip = channels == 1 and bool(light) != facts["light"]               # ink on paper, or chalk
+    light = array[..., [0, -1], :].float().mean().item() > 127
+    flip = channels == 1 and abs(light - facts["light"]) > 0.95     # ink on paper, or chalk
     return 255 - array if flip else array, f"{path}: {'grey' if channels == 1 else 'RGB'}, " \
         f"{height}x{width}" + ", inverted to the data set's background" * flip
 
