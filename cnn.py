@@ -147,12 +147,12 @@ def augment(x, q, generator):
 
 def beta(x, alpha, generator):
     """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any generator."""
-    grid = torch.linspace(-20 / min(alpha, 1), 20 / min(alpha, 1), 4096, device=x.device)
-    mass = (alpha * (F.logsigmoid(grid) + F.logsigmoid(-grid))).exp().cumsum(0)
+    grid = torch.linspace(-20 / min(alpha, 1), 20 / min(alpha, 1), 4097, device=x.device)
+    mass = (min(alpha, 1e6) * (F.logsigmoid(grid) + F.logsigmoid(-grid))).softmax(0).cumsum(0)
     return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
 
-def mixup(x, q, generator, alpha=4.0):
-    """A convex combination of two images and their labels (Zhang et al. 2018), alpha our best."""
+def mixup(x, q, generator, alpha=math.inf):
+    """A convex combination of two images and their labels (Zhang et al. 2018); at best, halves."""
     t = beta(x, alpha, generator)[:, None]
     other, w = torch.randperm(len(x), device=x.device, generator=generator), t[..., None, None]
     return w * x + (1 - w) * x[other], t * q + (1 - t) * q[other]
@@ -162,8 +162,7 @@ def cutmix(x, q, generator, alpha=1.0):
     n, _, h, w = x.shape
     side = (1 - beta(x, alpha, generator)).sqrt()
     cy, cx = uniform(x, 0, 1, generator), uniform(x, 0, 1, generator)
-    y = (torch.arange(h, device=x.device) + 0.5) / h
-    z = (torch.arange(w, device=x.device) + 0.5) / w
+    y, z = ((torch.arange(size, device=x.device) + 0.5) / size for size in (h, w))
     inside = ((y - cy[:, None]).abs() < side[:, None] / 2)[:, :, None] \
         & ((z - cx[:, None]).abs() < side[:, None] / 2)[:, None, :]
     t = 1 - inside.float().mean((1, 2))[:, None]          # what the border cut off counts as kept
@@ -203,7 +202,8 @@ def parse_args(argv=None):
         "always; 0 is the plain CNN, 1 sees no real image")
     add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
     add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with Beta(ALPHA, ALPHA) in that share; without hybrids all, then none")
+        help="mixup by Beta(ALPHA, ALPHA), best near 100, in that share; without hybrids "
+        "all, then none")
     add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
         help="cutmix likewise; 0 is off")
     add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")

@@ -37,14 +37,14 @@ class Arm(NamedTuple):
     label: str = "product"
     share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
-    mix: str = ""                       # mixup or cutmix
+    mix: str = ""                       # halves, mixup or cutmix
     augment: bool = False
     pixels: float = 0.5                 # part of the hybrids mixed without the decoder
 
 ARMS = {
     "real": Arm(),
     "augment": Arm(augment=True),
-    "mixup": Arm(mix="mixup"),
+    "mixup": Arm(mix="halves"),
     "cutmix": Arm(mix="cutmix"),
     "real+hybrid": Arm("between"),
     "hybrid only": Arm("between", share=(1.0, 1.0)),
@@ -75,8 +75,7 @@ def train_vae(images, seed, recipe):
         pass
     return model.eval()
 
-def generator(images, seed):
-    return torch.Generator(images.device).manual_seed(seed)
+generator = lambda images, seed: torch.Generator(images.device).manual_seed(seed)
 
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
@@ -107,7 +106,8 @@ def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
     real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
     made = source(arm.augment).pool(arm) if arm.strategy else None
-    mix = {"mixup": cnn.mixup, "cutmix": cnn.cutmix}.get(arm.mix)
+    mix = {"halves": cnn.mixup, "cutmix": cnn.cutmix,       # of augmented images Beta(4, 4)
+           "mixup": functools.partial(cnn.mixup, alpha=4.0)}.get(arm.mix)
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device, memory_format=torch.channels_last)

@@ -414,11 +414,11 @@ def test_residual_hybrids_give_back_their_sources():
 
 @pytest.mark.parametrize("transform, nothing", [
     (cnn.affine, dict(degrees=0, scale=0, shift=0, shear=0)), (cnn.flip_crop, dict(pad=0)),
-    (cnn.mixup, None), (cnn.cutmix, None)],
+    (functools.partial(cnn.mixup, alpha=1.0), None), (cnn.cutmix, None)],
     ids=["affine", "flip_crop", "mixup", "cutmix"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augmentations(transform, nothing, channels):
-    n, before, mixes = 64, torch.get_rng_state(), transform in (cnn.mixup, cnn.cutmix)
+    n, before, mixes = 64, torch.get_rng_state(), nothing is None
     one = torch.rand(channels, 16, 20, generator=seeded()).expand(n, -1, -1, -1)
     q, values = torch.eye(n), torch.linspace(0, 1, n)
     x = values[:, None, None, None].expand_as(one) if mixes else one
@@ -438,7 +438,14 @@ def test_augmentations(transform, nothing, channels):
     assert torch.equal(kept_q, q)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+def test_mixup_halves_images_unless_told_otherwise():
+    values, q = torch.linspace(0, 1, 64), torch.eye(64)
+    x, mixed = cnn.mixup(values[:, None, None, None].expand(64, 1, 16, 16), q, seeded())
+    assert set(mixed.unique().tolist()) <= {0, 0.5, 1} and (mixed.sum(1) == 1).all()
+    close(x.mean((1, 2, 3)), mixed @ values)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0, 200.0])
 def test_beta(alpha):
     draws, true = cnn.beta(torch.empty(200_000), alpha, seeded()), dist.Beta(alpha, alpha)
     assert abs(draws.mean() - true.mean) < 0.005 and abs(draws.var() / true.variance - 1) < 0.02
