@@ -23,8 +23,8 @@ from torch import nn
 class CNN(nn.Module):
     """Convolution blocks that halve the side and double the width, then the strongest response.
 
-    The largest value of each feature over the image, not the mean: with 100 MNIST images 88.7%
-    against 78.9% (validation, 2 subsets). x (B,C,H,W) in [0,1] -> logits (B,K).
+    The largest value of each feature over the image, not the mean: with 100 MNIST images 83.8%
+    against 75.2% (validation, 6 subsets). x (B,C,H,W) in [0,1] -> logits (B,K).
     """
 
     def __init__(self, channels: int, classes: int, width: int = 32, side: int = 28):
