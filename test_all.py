@@ -771,15 +771,15 @@ def test_percentages_of_a_picture_and_of_a_point(chain, tmp_path, capsys):
 
 
 def test_photographs_light_and_dark_are_never_inverted(tmp_path):
-    (x, y), names = easy(60), ANIMALS
+    x, y = easy(60)
     x[::3] = 255 - x[::3]
-    data = common.Dataset(x, y, x, y, names, "photographs")
+    data = common.Dataset(x, y, x, y, ANIMALS, "photographs")
     facts = data.facts(common.flags("vae.py", "").parse_args([]))
     assert facts["light"] == approx(20 / 60, abs=0.02)
     for k in range(6):
         Image.fromarray(x[k, 0].numpy()).save(tmp_path / "one.png")
         assert torch.equal(vae.read_like(tmp_path / "one.png", facts)[0], x[k:k + 1])
-    drawn = common.Dataset(*(2 * [x[1::3], y[1::3]]), names, "chalk")      # all of them dark
+    drawn = common.Dataset(*(2 * [x[1::3], y[1::3]]), ANIMALS, "chalk")      # all of them dark
     facts = drawn.facts(common.flags("vae.py", "").parse_args([]))
     Image.fromarray(255 - x[1, 0].numpy()).save(tmp_path / "one.png")
     assert torch.equal(vae.read_like(tmp_path / "one.png", facts)[0], x[1:2])
