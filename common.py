@@ -67,7 +67,7 @@ def guard(command, args) -> int:
     try:
         command(args)
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):        # or the reader of a pipe has gone
         message, code = "interrupted; what was finished is kept", 130
     except (Mistake, FloatingPointError) as error:
         message, code = str(error), 2
