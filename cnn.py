@@ -47,9 +47,8 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
         state=None):
     """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
-    `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against q,
-    hard or soft. A row holds step, loss (mean of the round), images_per_second and "state": given
-    back as `state`, it resumes the run exactly.
+    `done` in [0,1) is how much of the training is over. A row holds step, loss (cross-entropy, mean
+    of the round), images_per_second and "state": given back as `state`, it resumes the run exactly.
     Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device, first = next(model.parameters()).device, 0
@@ -161,10 +160,9 @@ def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
     n, _, h, w = x.shape
     side = (1 - beta(x, alpha, generator)).sqrt()
-    cy, cx = uniform(x, 0, 1, generator), uniform(x, 0, 1, generator)
-    y, z = ((torch.arange(size, device=x.device) + 0.5) / size for size in (h, w))
-    inside = ((y - cy[:, None]).abs() < side[:, None] / 2)[:, :, None] \
-        & ((z - cx[:, None]).abs() < side[:, None] / 2)[:, None, :]
+    rows, columns = (((torch.arange(size, device=x.device) + 0.5) / size - uniform(
+        x, 0, 1, generator)[:, None]).abs() < side[:, None] / 2 for size in (h, w))
+    inside = rows[:, :, None] & columns[:, None, :]
     t = 1 - inside.float().mean((1, 2))[:, None]          # what the border cut off counts as kept
     other = torch.randperm(n, device=x.device, generator=generator)
     return torch.where(inside[:, None], x[other], x), t * q + (1 - t) * q[other]

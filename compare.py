@@ -37,9 +37,10 @@ class Arm(NamedTuple):
     label: str = "product"
     share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
-    mix: str = ""                       # halves, mixup or cutmix
+    mix: str = ""                       # halves, mixup, cutmix or both
     augment: bool = False
     pixels: float = 0.5                 # part of the hybrids mixed without the decoder
+    cut: bool | None = None             # hybrids cut, not mixed; without it those of colour
 
 ARMS = {
     "real": Arm(),
@@ -50,7 +51,7 @@ ARMS = {
     "hybrid only": Arm("between", share=(1.0, 1.0)),
     "prior hybrid": Arm("prior", "density"),            # the idea as first stated
     "augment+mixup": Arm(mix="mixup", augment=True),
-    "augment+hybrid": Arm("between", augment=True),
+    "augment+hybrid": Arm("between", augment=True, cut=False),
     "weight labels": Arm("between", "weight"),          # the controls: where is a gain from?
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
@@ -59,11 +60,13 @@ ARMS = {
     "reconstructions": Arm("around", "weight", residual=False),
     "pseudo-labels": Arm("around", "weight", pixels=1.0),   # images as such: --vae-data all
     "latent posterior": Arm("posterior"),               # no CNN at all
+    "never cut": Arm("between", cut=False), "mixup+cutmix": Arm(mix="both"),
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # a batch; at most: hybrids, labels spread
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 VIEWS = 9                               # augmented ones of a grey image, for augment+hybrid's VAE
+generator = lambda images, seed: torch.Generator(images.device).manual_seed(seed)
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
@@ -74,8 +77,6 @@ def train_vae(images, seed, recipe):
                      amp=recipe["amp"], generator=generator(images, seed)):
         pass
     return model.eval()
-
-generator = lambda images, seed: torch.Generator(images.device).manual_seed(seed)
 
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
@@ -99,15 +100,17 @@ class Source:
         g = generator(self.mu, self.seed)
         points = hybrids.sample(arm.strategy, self.count, self.mu, self.logvar, self.y,
                                 self.posterior, g)
-        x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual, arm.pixels)
+        x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual, arm.pixels,
+                           arm.cut, g)
         return x, hybrids.label(arm.label, points, self.y, self.posterior, g)
 
 def train_cnn(arm, images, y, classes, source, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
     real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
     made = source(arm.augment).pool(arm) if arm.strategy else None
-    mix = {"halves": cnn.mixup, "cutmix": cnn.cutmix,       # of augmented images Beta(4, 4)
-           "mixup": functools.partial(cnn.mixup, alpha=4.0)}.get(arm.mix)
+    turns = itertools.cycle([cnn.mixup, cnn.cutmix])
+    mix = {"halves": cnn.mixup, "cutmix": cnn.cutmix, "both": lambda *batch: next(turns)(*batch),
+           "mixup": functools.partial(cnn.mixup, alpha=4.0)}.get(arm.mix)   # of augmented images
     torch.manual_seed(seed)                             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device, memory_format=torch.channels_last)
@@ -201,11 +204,7 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
 
 def holm(ps):
-    """Holm's step-down correction of p values, in their own order.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
+    """Holm's step-down correction of p values, in their own order."""
     worst, out = 0.0, [0.0] * len(ps)
     for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
@@ -259,8 +258,7 @@ def parse_args(argv=None):
     add("--score", choices=["test", "validation"], default="test", help="which images judge")
     add("--vae-data", choices=["subset", "all"], default="subset", help="the VAE sees the cell's n "
         "images, or all, and labels are spread to those without")
-    add("--steps", type=common.number(int, 1), help="of every CNN; without it " + ", ".join(
-        f"{s} up to n={n}" for n, s in STEPS.items()) + ", then 2400; for colour twice as many")
+    add("--steps", type=common.number(int, 1), help="of every CNN; without it by size, 300 to 4800")
     add("--width", type=common.number(int, 1, 1024), default=32, help="of a CNN's first block")
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
     add("--vae-steps", type=common.number(int, 1), help="of a VAE; else 600, 3000 if it sees all")
@@ -361,9 +359,8 @@ def command(args):
     jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
     torch.set_num_threads(args.threads or 1)    # everywhere: jobs must not change a result
     images = data.images[pool.to(device)] if args.vae_data == "all" and units else None
-    shared = {} if images is None else {
-        "model": train_vae(images, 0, recipe),
-        "unlabelled": [images[latent.subsample(len(images), UNLABELLED)]]}
+    shared = {} if images is None else {"model": train_vae(images, 0, recipe), "unlabelled": [
+        images[latent.subsample(len(images), UNLABELLED)]]}
     work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
                              shared=shared)
     failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,

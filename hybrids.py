@@ -100,37 +100,49 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     hard = q.argmax(1) if rule == "argmax" else torch.multinomial(q, 1, generator=generator)[:, 0]
     return F.one_hot(hard, q.shape[1]).float()
 
-def render(points, decode, mu, images, residual=True, pixels=0.0, batch=1000):
+def rectangles(t, height, width, generator):
+    """(M,1,height,width): 0 in a rectangle of area 1-t (M,) somewhere in the image, 1 elsewhere."""
+    side, corner = (1 - t).sqrt(), torch.rand(2, len(t), device=t.device, generator=generator)
+    rows, columns = (((torch.arange(size, device=t.device) + 0.5) / size - at[:, None]
+                      - side[:, None] / 2).abs() < side[:, None] / 2
+                     for size, at in zip((height, width), corner * (1 - side)))
+    return 1.0 - (rows[:, None, :, None] & columns[:, None, None, :]).float()
+
+def render(points, decode, mu, images, residual=True, pixels=0.0, cut=None,
+           generator=None, batch=1000):
     """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
-    x = decode(z) + t (x_i - decode(mu_i)) + (1-t) (x_j - decode(mu_j)), clipped; at z = mu_i it
-    is x_i, so no sharpness is lost. The last points, the part `pixels` of all, are t x_i +
-    (1-t) x_j, never decoded. Points from the prior, and all without `residual`, are decode(z).
+    x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i it
+    is x_i, so no sharpness is lost. w is t, or with `cut` (None: of colour images) 0 in a random
+    rectangle of area 1-t and 1 elsewhere. The last points, the part `pixels` of all, are w x_i +
+    (1-w) x_j, never decoded. Points from the prior, and all without `residual`, are decode(z).
     `images`, the sources of the codes mu, are uint8 or float in [0,1]; the result is like them.
     """
     whole = images.dtype == torch.uint8
     like = lambda x: (x * 255).round().byte() if whole else x.to(images.dtype)
     if not residual or points.i is None:
         return torch.cat([like(decode(z)) for z in points.z.split(batch)])
+    cut = images.shape[1] == 3 if cut is None else cut
     said = round((1 - pixels) * len(points.z))          # so many are decoded
     used, place = torch.cat([points.i[:said], points.j[:said]]).unique(return_inverse=True)
     known = torch.cat([decode(mu[k]).to(torch.half if whole else images.dtype)
                        for k in used.split(batch)])
-    mix = lambda a, b, t: t[:, None, None, None] * a + (1 - t)[:, None, None, None] * b
+    mix = lambda a, b, w: w * a + (1 - w) * b
     source, place, out = lambda k: images[k] / (255 if whole else 1), place.view(2, said), []
     for rows in torch.arange(len(points.z), device=mu.device).split(batch):
-        x = mix(source(points.i[rows]), source(points.j[rows]), points.t[rows])
+        t = points.t[rows]
+        w = rectangles(t, *images.shape[2:], generator) if cut else t[:, None, None, None]
+        x = mix(source(points.i[rows]), source(points.j[rows]), w)
         rows = rows[rows < said]
-        x[:len(rows)] += decode(points.z[rows]) - mix(*known[place[:, rows]], points.t[rows])
+        x[:len(rows)] += decode(points.z[rows]) - mix(*known[place[:, rows]], w[:len(rows)])
         out.append(like(x.clamp(0, 1)))
     return torch.cat(out)
 
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, as `sample` does by default;
-    a random half of the batch is mixed as pixels.
-    encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images in [0,1];
+    Between the codes of each image and of another one of the batch, as `sample` and `hybrids.py`
+    do by default. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
 
@@ -144,14 +156,11 @@ class HybridMixer:
         j, t = partners(y, i, 0.3, self.generator), beta(x, 4, self.generator)
         points = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
-        return render(points, self.decode, mu, x, pixels=0.5)[i.argsort()], q[i.argsort()]
+        made = render(points, self.decode, mu, x, pixels=0.5, generator=self.generator)
+        return made[i.argsort()], q[i.argsort()]
 
 def entropy(q):
-    """Of each row of q (M,K), in nats.
-
-    >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-    tensor([0.0000, 0.6931])
-    """
+    """Of each row of q (M,K), in nats."""
     return torch.special.entr(q).sum(1)
 
 # ---- command ---------------------------------------------------------------------------------
@@ -167,6 +176,7 @@ def parse_args(argv=None):
         help="add what the decoder lost of the source images")
     add("--pixels", type=common.number(float, 0, 1), default=0.5, help="the last part of them is "
         "mixed as pixels, not decoded (none of around, prior and --no-residual)")
+    add("--cut", action=argparse.BooleanOptionalAction, help="cut, not mixed; else those of colour")
     add("--export", type=Path, metavar="DIR", help="also PNG files, and their labels.csv")
     args = parser.parse_args(argv)
     args.label = args.label or ("density" if args.strategy == "prior" else "product")
@@ -235,7 +245,8 @@ def command(args):
     generator = torch.Generator(device).manual_seed(args.seed)
 
     def make(points, pixels=0.0):
-        x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual, pixels)
+        x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual, pixels,
+                   args.cut, generator)
         return x, label(args.label, points, y, posterior, generator)
 
     points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
@@ -245,8 +256,7 @@ def command(args):
     metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
                "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
                "histogram": entropy(q).histc(20, 0, math.log(len(data.classes))).tolist()}
-    # The walk: nine steps from the first code to a random one of another class.
-    i = torch.zeros(9, dtype=torch.long, device=device)
+    i = torch.zeros(9, dtype=torch.long, device=device)     # a walk to a code of another class
     j = partners(y, i[:1], 0, generator).expand(9)
     t = torch.linspace(1, 0, 9, device=device)
     strip = Points(torch.lerp(mu[j], mu[i], t[:, None]), *[i, j, t] * (args.strategy != "prior"))

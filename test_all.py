@@ -412,6 +412,43 @@ def test_residual_hybrids_give_back_their_sources():
     close(hybrids.render(p, decode, mu, images / 255, pixels=1.0), plain)
 
 
+def test_rectangles_have_their_area_and_lie_inside_the_image():
+    t = torch.linspace(0, 1, 41).repeat(50)
+    w = hybrids.rectangles(t, 60, 40, seeded())
+    assert w.shape == (2050, 1, 60, 40) and set(w.unique().tolist()) == {0, 1}
+    inside = w == 0
+    assert torch.equal(inside, inside.any(3, keepdim=True) & inside.any(2, keepdim=True))
+    found = w.mean((1, 2, 3))
+    assert (found - t).abs().max() < 0.05 and abs((found - t).mean()) < 0.002
+    assert (found[t == 0] == 0).all() and (found[t == 1] == 1).all()
+    assert len(w[t == 0.5].flatten(1).unique(dim=0)) > 40
+
+
+def test_colour_is_cut_and_grey_is_mixed():
+    mu, *_, p = world()
+    grey, weights, state = easy(90)[0] / 255, torch.randn(2, 768, generator=seeded()), \
+        torch.get_rng_state()
+    colour = torch.cat([grey, grey.flip(2), 1 - grey], 1)
+    decode = lambda z: (z @ weights).sigmoid().view(-1, 3, 16, 16)
+    make = lambda points=p, **how: hybrids.render(points, decode, mu, colour, generator=seeded(7),
+                                                  **how)
+    w, lost = hybrids.rectangles(p.t, 16, 16, seeded(7)), colour - decode(mu)
+    close(make(), (decode(p.z) + w * lost[p.i] + (1 - w) * lost[p.j]).clamp(0, 1))
+    plain = make(pixels=1.0)
+    assert ((plain == colour[p.i]) | (plain == colour[p.j])).all()
+    assert not torch.equal(plain, colour[p.i]) and not torch.equal(plain, colour[p.j])
+    for t, end in ((0.0, p.j), (1.0, p.i)):
+        close(make(p._replace(t=torch.full((200,), t), z=mu[end])), colour[end])
+    t = p.t[:, None, None, None]
+    close(make(pixels=1.0, cut=False), t * colour[p.i] + (1 - t) * colour[p.j])
+    single = lambda z: decode(z)[:, :1]
+    mixed, cut = (hybrids.render(p, single, mu, grey, pixels=1.0, cut=cut, generator=seeded(7))
+                  for cut in (None, True))
+    close(mixed, t * grey[p.i] + (1 - t) * grey[p.j])
+    assert ((cut == grey[p.i]) | (cut == grey[p.j])).all() and not torch.equal(cut, mixed)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("transform, nothing", [
     (cnn.affine, dict(degrees=0, scale=0, shift=0, shear=0)), (cnn.flip_crop, dict(pad=0)),
     (functools.partial(cnn.mixup, alpha=1.0), None), (cnn.cutmix, None)],
@@ -645,7 +682,11 @@ def test_each_file_works_alone(name, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_examples_in_docstrings(name):
     found = doctest.testmod(SCRIPTS[name])
-    assert found.failed == 0 and (found.attempted > 0 or name == "cnn")
+    assert found.failed == 0 and (found.attempted > 0) == (name == "latent")
+
+
+def test_seconds_in_words():
+    assert [vae.clock(s) for s in (8, 185, 7800)] == ["8 s", "3:05 min", "2:10 h"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -739,7 +780,7 @@ def test_export_survives_any_class_name(tmp_path):
 
 @pytest.mark.parametrize("words", [
     *(["--strategy", s] for s in hybrids.STRATEGIES[1:]), ["--no-residual"], ["--pixels", "1"],
-    *(["--label", rule] for rule in hybrids.LABELS[1:])], ids=" ".join)
+    ["--cut"], *(["--label", rule] for rule in hybrids.LABELS[1:])], ids=" ".join)
 def test_every_kind_of_hybrid(copy, words):
     assert run("hybrids", "-o", copy, "--count", 30, *words) == 0
     h = read(copy / "hybrids.pt")
