@@ -55,12 +55,12 @@ ARMS = {
     "weight labels": Arm("between", "weight"),          # the controls: where is a gain from?
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "all decoded": Arm("between", pixels=0.0),
+    "all decoded": Arm("between", pixels=0.0), "mixup+cutmix": Arm(mix="both"),
+    "never cut": Arm("between", cut=False), "always cut": Arm("between", cut=True),
     "mixup density labels": Arm("between", "density", pixels=1.0),  # the same pairs, undecoded
     "reconstructions": Arm("around", "weight", residual=False),
     "pseudo-labels": Arm("around", "weight", pixels=1.0),   # images as such: --vae-data all
     "latent posterior": Arm("posterior"),               # no CNN at all
-    "never cut": Arm("between", cut=False), "mixup+cutmix": Arm(mix="both"),
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # a batch; at most: hybrids, labels spread
