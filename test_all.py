@@ -358,6 +358,11 @@ def test_hybrid_mixer_without_a_decoder_is_mixup():
         assert not decoded or (moved.view(3, 100).sum(1) > 20).all()    # all over the batch
         assert (q.gather(1, y[:, None]) > 0).all()              # each row is of its own image
         assert ((q > 0).sum(1) == 1).float().mean() == approx(0.3, abs=0.08)
+    colour = hybrids.HybridMixer(lambda x: (x[:, 0].flatten(1)[:, :2], None), lambda z: z.new_zeros(
+        len(z), 3, 16, 16), world()[3], rule="weight", generator=seeded())
+    made, q = colour((y / 2)[:, None, None, None].expand(-1, 3, 16, 16), y)     # cut, not mixed
+    assert set(made.unique().tolist()) == {0, 0.5, 1} and (made == made[:, :1]).all()
+    close(made.mean((1, 2, 3)), q @ torch.tensor([0, 0.5, 1]), atol=0.08, rtol=0)
 
 
 @pytest.mark.parametrize("same_class", [True, False])
@@ -1190,6 +1195,7 @@ def on_the_gpu(folder):
         posterior = latent.teach(*vae.encode_all(model, x), y, 3)
         mixer = hybrids.HybridMixer(model.encode, model.decode, posterior, generator=g)
         assert all(v.device == device for v in mixer(x.float() / 255, y))
+        assert hybrids.rectangles(torch.rand(5, device=device), 8, 9, g).device == device
 
 
 @pytest.mark.skipif(not hasattr(torch.utils.backend_registration,
