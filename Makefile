@@ -23,9 +23,9 @@ IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --d
 COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
 MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
-CHECKS := real mixup real+hybrid cutmix mixup+cutmix 'never cut' 'always cut' 'hybrid only' \
-          'prior hybrid' 'weight labels' 'density labels' 'no residual' 'all decoded' \
-          'mixup density labels' reconstructions 'latent posterior'
+CHECKS := real mixup real+hybrid cutmix mixup+cutmix 'hybrid only' 'prior hybrid' \
+          'weight labels' 'density labels' 'no residual' 'all decoded' 'mixup density labels' \
+          reconstructions 'latent posterior'
 LABELS := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
 STEP   := $(if $(STEPS),--steps $(STEPS))
 

@@ -101,7 +101,7 @@ def label(rule, points, y, posterior, generator=None, epsilon=0.1):
     return F.one_hot(hard, q.shape[1]).float()
 
 def rectangles(t, height, width, generator):
-    """(M,1,height,width): 0 in a rectangle of area 1-t (M,) somewhere in the image, 1 elsewhere."""
+    """(M,1,height,width): 0 in a rectangle of area 1-t (M,), to whole pixels, 1 elsewhere."""
     side, corner = (1 - t).sqrt(), torch.rand(2, len(t), device=t.device, generator=generator)
     rows, columns = (((torch.arange(size, device=t.device) + 0.5) / size - at[:, None]
                       - side[:, None] / 2).abs() < side[:, None] / 2
@@ -113,10 +113,10 @@ def render(points, decode, mu, images, residual=True, pixels=0.0, cut=None,
     """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
     x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i it
-    is x_i, so no sharpness is lost. w is t, or with `cut` (None: of colour images) 0 in a random
-    rectangle of area 1-t and 1 elsewhere. The last points, the part `pixels` of all, are w x_i +
-    (1-w) x_j, never decoded. Points from the prior, and all without `residual`, are decode(z).
-    `images`, the sources of the codes mu, are uint8 or float in [0,1]; the result is like them.
+    is x_i, so no sharpness is lost. w is t, or with `cut` (None: of colour images) 0 in a
+    rectangle drawn from `generator`, of area 1-t, and 1 elsewhere. The last points, the part
+    `pixels` of all, are w x_i + (1-w) x_j, never decoded. Points from the prior, and all without
+    `residual`, are decode(z). `images`, uint8 or float in [0,1], are the sources of mu.
     """
     whole = images.dtype == torch.uint8
     like = lambda x: (x * 255).round().byte() if whole else x.to(images.dtype)
@@ -141,14 +141,14 @@ def render(points, decode, mu, images, residual=True, pixels=0.0, cut=None,
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and of another one of the batch, as `sample` and `hybrids.py`
-    do by default. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
+    Between the codes of each image and another one of the batch, as hybrids.py by default; `cut`
+    as of `render`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
 
-    def __init__(self, encode, decode, posterior, rule="product", generator=None):
+    def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None):
         self.encode, self.decode, self.posterior = encode, decode, posterior
-        self.rule, self.generator = rule, generator
+        self.rule, self.generator, self.cut = rule, generator, cut
 
     @torch.no_grad()
     def __call__(self, x, y):
@@ -156,7 +156,7 @@ class HybridMixer:
         j, t = partners(y, i, 0.3, self.generator), beta(x, 4, self.generator)
         points = Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
         q = label(self.rule, points, y, self.posterior, self.generator)
-        made = render(points, self.decode, mu, x, pixels=0.5, generator=self.generator)
+        made = render(points, self.decode, mu, x, True, 0.5, self.cut, self.generator)
         return made[i.argsort()], q[i.argsort()]
 
 def entropy(q):
@@ -170,13 +170,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("hybrids").add_argument
     add("--count", type=common.number(int, 1, 2_000_000), default=20_000, help="how many")
     add("--strategy", choices=STRATEGIES, default="between", help="where to sample")
-    add("--label", choices=LABELS, help="how to label; without it product, and density for "
-        "points from the prior")
+    add("--label", choices=LABELS, help="how to label; else product, or density of prior points")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
     add("--pixels", type=common.number(float, 0, 1), default=0.5, help="the last part of them is "
-        "mixed as pixels, not decoded (none of around, prior and --no-residual)")
-    add("--cut", action=argparse.BooleanOptionalAction, help="cut, not mixed; else those of colour")
+        "made of pixels, not decoded (none of around, prior and --no-residual)")
+    add("--cut", action=argparse.BooleanOptionalAction, help="paste a rectangle of "
+        "the second source into the first, do not mix them; without it so of colour images")
     add("--export", type=Path, metavar="DIR", help="also PNG files, and their labels.csv")
     args = parser.parse_args(argv)
     args.label = args.label or ("density" if args.strategy == "prior" else "product")
@@ -244,15 +244,15 @@ def command(args):
     mu, logvar = latent["mu"], latent["logvar"]
     generator = torch.Generator(device).manual_seed(args.seed)
 
-    def make(points, pixels=0.0):
+    def make(points, pixels=0.0, cut=False):
         x = render(points, lambda z: decode_all(model, z, amp), mu, images, args.residual, pixels,
-                   args.cut, generator)
+                   cut, generator)
         return x, label(args.label, points, y, posterior, generator)
 
     points = sample(args.strategy, args.count, mu, logvar, y, posterior, generator)
-    x, q = make(points, args.pixels)
-    again = posterior(encode_all(model, x, amp)[0])        # where do the made images lie?
-    moved = (again - posterior(points.z)).abs().sum(1) / 2
+    args.cut = len(images[0]) == 3 if args.cut is None else args.cut
+    x, q = make(points, args.pixels, args.cut)
+    moved = (posterior(encode_all(model, x, amp)[0]) - posterior(points.z)).abs().sum(1) / 2
     metrics = {"entropy": entropy(q).mean().item(), "temperature": posterior.temperature,
                "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
                "histogram": entropy(q).histc(20, 0, math.log(len(data.classes))).tolist()}

@@ -363,6 +363,9 @@ def test_hybrid_mixer_without_a_decoder_is_mixup():
     made, q = colour((y / 2)[:, None, None, None].expand(-1, 3, 16, 16), y)     # cut, not mixed
     assert set(made.unique().tolist()) == {0, 0.5, 1} and (made == made[:, :1]).all()
     close(made.mean((1, 2, 3)), q @ torch.tensor([0, 0.5, 1]), atol=0.08, rtol=0)
+    colour.cut = False
+    made, q = colour((y / 2)[:, None, None, None].expand(-1, 3, 16, 16), y)
+    close(made, (q @ torch.tensor([0, 0.5, 1]))[:, None, None, None].expand_as(made))
 
 
 @pytest.mark.parametrize("same_class", [True, False])
@@ -793,6 +796,15 @@ def test_every_kind_of_hybrid(copy, words):
     close(h["q"].sum(1), torch.ones(30))
     decoded = {"around", "prior", "--no-residual"} & set(words)         # all of them
     assert h["settings"]["pixels"] == (0 if decoded else 1 if words[0] == "--pixels" else 0.5)
+    assert h["settings"]["cut"] == (words == ["--cut"])         # known, not None: they are grey
+
+
+def test_the_flag_cut(copy):
+    made = []
+    for words in ([], ["--no-cut"], ["--cut"]):
+        assert run("hybrids", "-o", copy, "--count", 30, "--pixels", 1, *words) == 0
+        made.append(read(copy / "hybrids.pt")["images"])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 def percentages(text):
@@ -1046,6 +1058,29 @@ def test_the_decoder_has_a_say_in_the_first_half_of_a_pool():
         source.pool(compare.Arm("between", pixels=p)) for p in (0.5, 0.0, 1.0))
     assert torch.equal(q, same) and len(mixed) == 256 and not torch.equal(decoded, plain)
     assert torch.equal(mixed, torch.cat([decoded[:128], plain[128:]]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arms_that_are_cut_or_never_cut(channels):
+    x, y = easy(60)
+    source = compare.Source(x.expand(-1, channels, -1, -1).contiguous(), y, 3, 0,
+                            dict(steps=4, vae_steps=20, latent_dim=2, amp=False))
+    made = {arm: source.pool(compare.ARMS[arm])[0]
+            for arm in ("real+hybrid", "never cut", "always cut", "augment+hybrid")}
+    same = "always cut" if channels == 3 else "never cut"
+    assert torch.equal(made["real+hybrid"], made[same])
+    assert torch.equal(made["augment+hybrid"], made["never cut"])
+    assert not torch.equal(made["always cut"], made["never cut"])
+
+
+def test_mixup_and_cutmix_take_turns(monkeypatch):
+    x, y = easy(30)
+    calls = []
+    for name in ("mixup", "cutmix"):
+        monkeypatch.setattr(cnn, name, lambda x, q, g, name=name: (calls.append(name), (x, q))[1])
+    recipe = dict(steps=6, width=4, weight_decay=0.05, amp=False)
+    compare.train_cnn(compare.ARMS["mixup+cutmix"], x, y, 3, None, 0, recipe)
+    assert calls == ["mixup", "cutmix"] * 3
 
 
 def test_a_failing_arm_is_recorded_and_the_others_go_on(grid, tmp_path):
