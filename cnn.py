@@ -26,7 +26,6 @@ class CNN(nn.Module):
     The largest value of each feature over the image, not the mean: with 100 MNIST images 83.8%
     against 75.2% (validation, 6 subsets). x (B,C,H,W) in [0,1] -> logits (B,K).
     """
-
     def __init__(self, channels: int, classes: int, width: int = 32, side: int = 28):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, side=side)
@@ -47,8 +46,9 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
         state=None):
     """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
-    `done` in [0,1) is how much of the training is over. A row holds step, loss (cross-entropy, mean
-    of the round), images_per_second and "state": given back as `state`, it resumes the run exactly.
+    `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against q,
+    hard or soft. A row holds step, loss (mean of the round), images_per_second and "state": given
+    back as `state`, it resumes the run exactly.
     Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device, first = next(model.parameters()).device, 0

@@ -80,7 +80,6 @@ def train_vae(images, seed, recipe):
 
 class Source:
     """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
-
     def __init__(self, images, y, classes, seed, recipe, views=0, model=None, unlabelled=()):
         self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
         g, x = generator(images, seed), images.float() / 255
@@ -204,7 +203,9 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
 
 def holm(ps):
-    """Holm's step-down correction of p values, in their own order."""
+    """Holm's step-down correction of p values, in their own order.
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]"""
     worst, out = 0.0, [0.0] * len(ps)
     for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))

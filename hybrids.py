@@ -145,7 +145,6 @@ class HybridMixer:
     as of `render`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
     posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer labels (B,).
     """
-
     def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None):
         self.encode, self.decode, self.posterior = encode, decode, posterior
         self.rule, self.generator, self.cut = rule, generator, cut
@@ -160,7 +159,9 @@ class HybridMixer:
         return made[i.argsort()], q[i.argsort()]
 
 def entropy(q):
-    """Of each row of q (M,K), in nats."""
+    """Of each row of q (M,K), in nats.
+    >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    tensor([0.0000, 0.6931])"""
     return torch.special.entr(q).sum(1)
 
 # ---- command ---------------------------------------------------------------------------------

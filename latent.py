@@ -21,7 +21,6 @@ class Posterior:
     Far from every cluster p(z|c) sinks below b, and q becomes the class priors, not a false
     certainty. Subclasses give log p(z|c); all work is in log space.
     """
-
     def __init__(self, prior, log_floor=-math.inf, temperature=1.0):
         self.prior, self.log_floor, self.temperature = prior, log_floor, temperature
 
@@ -50,7 +49,6 @@ class Aggregate(Posterior):
     The aggregate posterior of a class (Makhzani et al. 2015), widened by a bandwidth h_cd =
     a s_d n_c^(-1/(D+4)) (Scott 1992): the encoder's own width is overconfident on unseen codes.
     """
-
     def __init__(self, mu, variance, counts, prior, log_floor=-math.inf, temperature=1.0):
         super().__init__(prior, log_floor, temperature)
         self.mu, self.variance, self.counts = mu, variance, counts     # sorted by class
@@ -96,7 +94,6 @@ class Aggregate(Posterior):
 
 class Gaussian(Posterior):
     """p(z|c) = N(z; m_c, S_c), covariances shrunk towards the pooled one (Friedman 1989)."""
-
     def __init__(self, mean, covariance, prior, log_floor=-math.inf, temperature=1.0):
         super().__init__(prior, log_floor, temperature)
         self.mean, self.covariance = mean, covariance

@@ -690,7 +690,7 @@ def test_each_file_works_alone(name, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_examples_in_docstrings(name):
     found = doctest.testmod(SCRIPTS[name])
-    assert found.failed == 0 and (found.attempted > 0) == (name == "latent")
+    assert found.failed == 0 and (found.attempted > 0 or name == "cnn")
 
 
 def test_seconds_in_words():

@@ -23,9 +23,9 @@ class VAE(nn.Module):
     """q(z|x) = N(mu, diag(exp(logvar))), p(x|z) = Bernoulli(sigmoid(decode(z))), p(z) = N(0, I).
 
     Kingma and Welling 2014. Images are cut into patches first, so that convolutions run at a
-    quarter of the side (an eighth above 32 pixels), in two thirds of the time of half the side.
+    quarter of the side (an eighth above 32 pixels): on MNIST two thirds of the time that half
+    the side takes, at the same ELBO after 1,000 steps (with 64 hidden channels).
     """
-
     def __init__(self, channels: int, height: int, width: int, latent_dim: int = 16,
                  hidden: int = 32, units: int = 400):
         super().__init__()
@@ -145,7 +145,6 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
 # ---- what the scripts after this one use as well ---------------------------------------------
 class Progress:
     """What is done, and the time left: one rewriting line on a terminal, plain lines in a file."""
-
     def __init__(self, total, what, quiet=False, done=0, log: Path | None = None):
         self.total, self.what, self.quiet, self.log = total, what, quiet, log
         self.first, self.start = done, time.monotonic()
@@ -165,7 +164,9 @@ class Progress:
                 file.write(json.dumps({"step": done, **row}) + "\n")
 
 def clock(seconds: float) -> str:
-    """Seconds in human units: 8 s, 3:05 min, 2:10 h."""
+    """Seconds in human units.
+    >>> clock(8), clock(185), clock(7800)
+    ('8 s', '3:05 min', '2:10 h')"""
     minutes, s = divmod(round(seconds), 60)
     return f"{s} s" if not minutes else f"{minutes}:{s:02} min" if minutes < 60 else \
         f"{minutes // 60}:{minutes % 60:02} h"
