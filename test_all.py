@@ -1763,13 +1763,15 @@ def bench_data():
 def plain_loop(model, loss_of, batch, steps=60):
     """Images a second of the same model in float32, contiguous, fed by a DataLoader."""
     from torchvision import datasets, transforms
+    device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(
         datasets.MNIST(bench_data(), transform=transforms.ToTensor()), batch, shuffle=True)
     optimiser, start = torch.optim.AdamW(model.parameters()), time.perf_counter()
     for x, y in itertools.islice(loader, steps):
         optimiser.zero_grad()
-        loss_of(x, y).backward()
+        (loss := loss_of(x.to(device), y.to(device))).backward()
         optimiser.step()
+    loss.item()                             # a GPU is still at work otherwise
     return steps * batch / (time.perf_counter() - start)
 
 
@@ -1798,7 +1800,7 @@ def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1150, va
             pass
 
     torch.manual_seed(0)
-    plain, model = cnn.CNN(1, 10, width), cnn.CNN(1, 10, width).to(
+    plain, model = cnn.CNN(1, 10, width).to(device), cnn.CNN(1, 10, width).to(
         device, memory_format=torch.channels_last)
     real = data.images, F.one_hot(data.labels, 10).float()
     right = lambda: cnn.predict(model, data.test_images, amp).argmax(1) == data.test_labels
@@ -1807,7 +1809,7 @@ def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1150, va
         cnn_batch * cnn_steps, lambda: fit(
             cnn, model, cnn.batches(real, cnn_batch), cnn_steps, cnn_lr),
         plain_loop(plain, lambda x, y: F.cross_entropy(plain(x), y), cnn_batch))
-    flat, model = vae.VAE(1, 28, 28), vae.VAE(1, 28, 28).to(
+    flat, model = vae.VAE(1, 28, 28).to(device), vae.VAE(1, 28, 28).to(
         device, memory_format=torch.channels_last)
     elbo = lambda: vae.evaluate(model, data.test_images, amp=amp,
                                 generator=generator.manual_seed(1))
@@ -1821,7 +1823,7 @@ def bench(width=16, cnn_steps=420, cnn_lr=2e-2, cnn_batch=48, vae_steps=1150, va
     def percentages():
         mu, logvar = vae.encode_all(model, data.images, amp)
         few = latent.subsample(len(mu), 20_000)
-        latent.Aggregate.fit(mu[few], logvar[few], data.labels[few], 10)(mu)
+        latent.Aggregate.fit(mu[few], logvar[few], data.labels[few], 10)(mu).sum().item()    # waits
     note("60,000 images: codes and percentages", lambda: "", 60_000, percentages)
     common.write(HERE / "assets" / "bench.json", {
         "command": "make bench", "device": device.type, "threads": threads, "bfloat16": amp,
