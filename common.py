@@ -74,9 +74,11 @@ def guard(command, args) -> int:
     except OSError as error:
         message, code = f"{error.filename or args.out}: {error.strerror or error}; mend that", 2
     except (MemoryError, RuntimeError) as error:        # torch's own, on every device
-        if "memory" not in repr(error).lower() or "illegal memory" in str(error):
+        strange = "no kernel image" in str(error)       # a GPU too old or too new for this torch
+        if not strange and "memory" not in repr(error).lower() or "illegal memory" in str(error):
             raise
-        message, code = "out of memory; use fewer or smaller images, or --device cpu", 2
+        message, code = "this torch has no code for this GPU; use --device cpu" if strange else \
+            "out of memory; use fewer or smaller images, or --device cpu", 2
     finally:
         args.lock = None                # closes the files
     print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
@@ -407,15 +409,13 @@ def glyphs(seed=0, side=28) -> Dataset:
 
 def distance_field(name, digit, side):
     """(2 side, 2 side) distances to a font's digit's outline in image pixels, positive inside."""
-    import matplotlib
-    from matplotlib.ft2font import FT2Font
-    from matplotlib.path import Path as Outline
-    font = FT2Font(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")))
+    from matplotlib import ft2font, get_data_path, path
+    font = ft2font.FT2Font(str(Path(get_data_path(), "fonts", "ttf", f"{name}.ttf")))
     font.set_size(128, 72)              # large: hinting and flattened curves stay out of sight
     font.load_char(ord(digit))
     # Points as complex numbers x + iy; fonts count y upwards and images downwards, hence conj.
     rings = [torch.view_as_complex(torch.tensor(ring)).conj()
-             for ring in Outline(*font.get_path()).to_polygons()]
+             for ring in path.Path(*font.get_path()).to_polygons()]
     a, b = torch.cat([r[:-1] for r in rings]), torch.cat([r[1:] for r in rings])
     a, b = a[a != b], b[a != b]         # a repeated point has no direction: 0 / 0 below
     (left, right), (top, bottom) = a.real.aminmax(), a.imag.aminmax()

@@ -43,10 +43,8 @@ class Arm(NamedTuple):
     cut: bool | None = None             # hybrids cut, not mixed; without it those of colour
 
 ARMS = {
-    "real": Arm(),
-    "augment": Arm(augment=True),
-    "mixup": Arm(mix="halves"),
-    "cutmix": Arm(mix="cutmix"),
+    "real": Arm(), "augment": Arm(augment=True),
+    "mixup": Arm(mix="halves"), "cutmix": Arm(mix="cutmix"),
     "real+hybrid": Arm("between"),
     "hybrid only": Arm("between", share=(1.0, 1.0)),
     "prior hybrid": Arm("prior", "density"),            # the idea as first stated

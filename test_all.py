@@ -48,6 +48,10 @@ VARIABLES = "DATASET DATA OUT SIZES SEEDS STEPS DEVICE PYTHON PIP_ARGS".split()
 # What `make test` itself was told must not reach the processes that the tests start.
 ENV = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "PYTHONPATH", "MFLAGS")
        and not k.startswith("MAKE")} | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+# Only processors repeat a result exactly; one test, and `make bench`, see the GPU that there may be.
+SEEN = ENV.copy()
+if __name__ != "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ENV["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)    # in the background it was ignored
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; make test-slow runs it")
@@ -1242,6 +1246,43 @@ def test_everything_runs_on_a_gpu_and_a_round_waits_once(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_chain_on_a_true_gpu_and_its_files_without(tree, tmp_path, device="cuda"):
+    there = f"import torch; torch.ones(1, device='{device}')"
+    if subprocess.run([sys.executable, "-c", there], env=SEEN, capture_output=True).returncode:
+        pytest.skip("there is no GPU that torch can use")
+    out, grid = tmp_path / "run", "COMPARE_FLAGS=--vae-steps 20 --jobs 2"
+    words = ["make", "quick", f"PYTHON={sys.executable}", f"OUT={out}", f"DEVICE={device}", grid]
+    done = subprocess.run(words, cwd=tree, env=SEEN, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(json.loads((out / "compare.json").read_text())["rows"]) == 6
+    assert run("latent", "-o", out) == run("hybrids", "-o", out) == 0   # on the processor
+
+
+@pytest.mark.parametrize("device, cards, backend", [
+    ("cuda", 2, "nccl"), ("cuda", 1, "gloo"), ("cpu", 2, "gloo")])
+def test_ranks_without_a_card_each_talk_through_gloo(monkeypatch, device, cards, backend):
+    chosen, make = [], torch.Generator
+    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch, "Generator", lambda device: make())
+    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
+    args = vae.parse_args(["--batch-size", "8"])
+    assert vae.distribute(None, args, torch.device(device))[1] == 4 and chosen == [backend]
+
+
+def test_a_gpu_that_torch_has_no_code_for(capsys):
+    def command(args):
+        raise RuntimeError(f"CUDA error: {args.out}")
+    args = vae.parse_args(["-o", "no kernel image is available for execution on the device"])
+    assert common.guard(command, args) == 2
+    assert "no code for this GPU; use --device cpu" in capsys.readouterr().err
+    args.out = "any other"
+    with pytest.raises(RuntimeError, match="any other"):
+        common.guard(command, args)
+
+
 # ---- mistakes ---------------------------------------------------------------------------------
 
 class Payload:
@@ -1766,8 +1807,9 @@ def plain_loop(model, loss_of, batch, steps=60):
     device = next(model.parameters()).device
     loader = torch.utils.data.DataLoader(
         datasets.MNIST(bench_data(), transform=transforms.ToTensor()), batch, shuffle=True)
-    optimiser, start = torch.optim.AdamW(model.parameters()), time.perf_counter()
-    for x, y in itertools.islice(loader, steps):
+    optimiser = torch.optim.AdamW(model.parameters())
+    for step, (x, y) in enumerate(itertools.islice(loader, 3 + steps)):
+        start = time.perf_counter() if step < 4 else start      # the first three load libraries
         optimiser.zero_grad()
         (loss := loss_of(x.to(device), y.to(device))).backward()
         optimiser.step()

@@ -9,6 +9,7 @@ Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it works.
 """
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -206,7 +207,8 @@ def distribute(model, args, device):
     from common import RANK, RANKS, need
     need(args.batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
     if RANKS > 1:
-        torch.distributed.init_process_group()
+        apart = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])   # a card a rank
+        torch.distributed.init_process_group("nccl" if apart and device.type == "cuda" else "gloo")
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(device).manual_seed(args.seed + 10**6 * RANK)
     return model, args.batch_size // RANKS, generator
