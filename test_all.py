@@ -48,7 +48,7 @@ VARIABLES = "DATASET DATA OUT SIZES SEEDS STEPS DEVICE PYTHON PIP_ARGS".split()
 # What `make test` itself was told must not reach the processes that the tests start.
 ENV = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "PYTHONPATH", "MFLAGS")
        and not k.startswith("MAKE")} | {"OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-# Only processors repeat a result exactly; one test, and `make bench`, see the GPU that there may be.
+# Only processors repeat a result exactly: a GPU is for one test, and for `make bench`.
 SEEN = ENV.copy()
 if __name__ != "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ENV["CUDA_VISIBLE_DEVICES"] = ""
