@@ -207,7 +207,7 @@ def distribute(model, args, device):
     from common import RANK, RANKS, need
     need(args.batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
     if RANKS > 1:
-        apart = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one a rank
+        apart = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # one each
         torch.distributed.init_process_group("nccl" if apart and device.type == "cuda" else "gloo")
         model = nn.parallel.DistributedDataParallel(model)
     generator = torch.Generator(device).manual_seed(args.seed + 10**6 * RANK)
