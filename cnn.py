@@ -1,6 +1,6 @@
 """Train an image classifier on probabilities: real images, hybrids, or both.
 
-    python cnn.py                                      # hybrids at first, real images in the end
+    python cnn.py                                    # hybrids at first, real images in the end
     python cnn.py -o runs/mnist --hybrid-fraction 0    # the plain CNN: real images only
     python cnn.py --dataset mnist --hybrid-fraction 0 --augment --mixup 0.5   # no VAE needed
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
@@ -20,51 +20,78 @@ from torch import nn
 
 # Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
 
+
 class CNN(nn.Module):
-    """Convolution blocks that halve the side and double the width, then the strongest response.
+    """Convolution blocks that halve the side and double the width, then a maximum.
 
     The largest value of each feature over the image, not the mean: with 100 MNIST images 83.8%
     against 75.2% (validation, 6 subsets). x (B,C,H,W) in [0,1] -> logits (B,K).
     """
+
     def __init__(self, channels: int, classes: int, width: int = 32, side: int = 28):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, side=side)
-        layers, inputs, blocks = [], channels, 3 if side <= 32 else 4
-        for i in range(blocks):           # the last one keeps its resolution, a side of 8 or so
-            outputs = width * 2 ** min(i, 2)
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-                       nn.BatchNorm2d(outputs), *[nn.MaxPool2d(2)] * (i < blocks - 1),
-                       nn.ReLU(inplace=True)]             # after the maximum: a quarter of the work
+        blocks = 3 if side <= 32 else 4
+        layers = []
+        inputs = channels
+        for block in range(blocks):
+            outputs = width * 2 ** min(block, 2)
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(outputs))
+            if block < blocks - 1:      # the last one keeps its resolution, a side of 8 or so
+                layers.append(nn.MaxPool2d(2))
+            layers.append(nn.ReLU(inplace=True))        # after the maximum: fewer pixels
             inputs = outputs
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(inputs, classes)
+        self.to(memory_format=torch.channels_last)      # a third faster, in float32 too
+
+    @classmethod
+    def restore(cls, saved: dict, device="cpu"):
+        """The model of a loaded cnn.pt, ready to predict."""
+        model = cls(**saved["config"]).to(device)
+        model.load_state_dict(saved["model"])
+        return model.eval()
 
     def forward(self, x):
         return self.head(self.features(x - 0.5).amax((2, 3)))
 
-def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, rounds=10, amp=False,
-        state=None):
-    """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict a round.
 
-    `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against q,
-    hard or soft. A row holds step, loss (mean of the round), images_per_second and "state": given
-    back as `state`, it resumes the run exactly.
+def learning_rate(step: int, steps: int, highest: float) -> float:
+    """Linear warm-up over 15% of the steps, then linearly to zero."""
+    up = (step + 1) / (0.15 * steps)
+    down = (steps - step) / (0.85 * steps)
+    return highest * min(up, down)
+
+
+def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, rounds=10,
+        amp=False, state=None):
+    """Train on `next_batch(generator, done) -> x (B,C,H,W), q (B,K)`; yield a dict per round.
+
+    `done` in [0,1) is how much of the training is over. The loss is the cross-entropy against
+    q, hard or soft. A row holds step, loss (mean of the round), images_per_second and "state":
+    given back as `state`, it resumes the run exactly.
     Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
-    device, first = next(model.parameters()).device, 0
-    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+    device = next(model.parameters()).device
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay,
+                                  fused=True)
+    first = 0
     if state:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
         first = state["step"]
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    for end in sorted(end for end in ends if end > first):
-        model.train()                                     # the caller may have evaluated
-        total, start = torch.zeros((), device=device), time.perf_counter()
+    for end in sorted(ends):
+        if end <= first:
+            continue
+        model.train()                   # the caller may have evaluated
+        total = torch.zeros((), device=device)
+        start = time.perf_counter()
         for step in range(first, end):
-            for group in optimiser.param_groups:          # linear warm-up, then linearly to zero
-                group["lr"] = lr * min((step + 1) / (0.15 * steps), (steps - step) / (0.85 * steps))
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
             x, q = next_batch(generator, step / steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
@@ -73,257 +100,327 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
             loss.backward()
             optimiser.step()
             total += loss.detach()
-        mean = total.item() / (end - first)               # the only host synchronisation
+        mean = total.item() / (end - first)             # the only host synchronisation
+        seconds = time.perf_counter() - start
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss is not finite between steps {first} and {end}; "
-                                     "lower the learning rate, or use --no-amp")
+            raise FloatingPointError(f"the loss is not finite between steps {first} and "
+                                     f"{end}; lower the learning rate, or use --no-amp")
         yield {"step": end, "loss": mean,
-               "images_per_second": len(x) * (end - first) / (time.perf_counter() - start),
+               "images_per_second": len(x) * (end - first) / seconds,
                "state": {"step": end, "model": model.state_dict(),
-                         "optimiser": optimiser.state_dict(), "generator": generator.get_state()}}
+                         "optimiser": optimiser.state_dict(),
+                         "generator": generator.get_state()}}
         first = end
+
 
 @torch.no_grad()
 def predict(model, images, amp=False, batch=200):
     """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
     model.eval()
+    parts = []
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return torch.cat([model((chunk.float() / 255).contiguous(
-            memory_format=torch.channels_last)).float() for chunk in images.split(batch)])
+        for chunk in images.split(batch):
+            x = (chunk.float() / 255).contiguous(memory_format=torch.channels_last)
+            parts.append(model(x).float())
+    return torch.cat(parts)
+
 
 def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=()):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
-    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share` is
-    the part of a batch drawn from hybrids and given to `mix`: in the first half and in the last
-    quarter, linear between. mix and the batch's `transforms` map (x, q, generator) -> (x, q).
+    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share`
+    is the part of a batch drawn from hybrids and given to `mix`, see `share_at`. mix and the
+    batch's `transforms` map (x, q, generator) -> (x, q).
     """
+    def take(source, count, generator):
+        images, q = source
+        rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
+        return images[rows].float() / 255, q[rows]
+
     def next_batch(generator, done):
-        part = share[0] + (share[1] - share[0]) * min(max(4 * done - 2, 0), 1)
-        made, parts = round(size * part) if hybrids or mix else 0, []
-        for (images, q), count in ((hybrids or real, made), (real, size - made)):
-            rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
-            parts.append((images[rows].float() / 255, q[rows]))
+        count = 0
+        if hybrids or mix:
+            count = round(size * share_at(done, share))
+        x, q = take(hybrids or real, count, generator)
+        real_x, real_q = take(real, size - count, generator)
         if mix:
-            parts[0] = mix(*parts[0], generator)
-        x, q = (torch.cat(part) for part in zip(*parts))
+            x, q = mix(x, q, generator)
+        x = torch.cat([x, real_x])
+        q = torch.cat([q, real_q])
         for transform in transforms:
             x, q = transform(x, q, generator)
         return x, q
+
     return next_batch
 
-# Augmentations: (x, q, generator) -> (x, q), parameters drawn for each image by itself.
+
+def share_at(done: float, share) -> float:
+    """share = (at first, in the end): the first half, the last quarter, and linear between."""
+    first, last = share
+    over = min(max(4 * done - 2, 0), 1)
+    return first + (last - first) * over
+
+
+# ---- augmentations: (x, q, generator) -> (x, q), parameters drawn for each image by itself --
 
 def uniform(x, low, high, generator):
     """(B,) numbers from [low, high), on the device of x."""
     return low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)
 
+
 def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     """Rotate, stretch, shear and shift, the border continued: for grey images."""
-    turn, slant = (uniform(x, -s, s, generator) for s in (math.radians(degrees), shear))
-    wide, high = (uniform(x, -scale, scale, generator).exp() for _ in range(2))
-    right, down = (uniform(x, -2 * shift, 2 * shift, generator) for _ in range(2))
+    def up_to(limit):
+        return uniform(x, -limit, limit, generator)
+
+    turn = up_to(math.radians(degrees))
+    slant = up_to(shear)
+    wide = up_to(scale).exp()
+    high = up_to(scale).exp()
+    right = up_to(2 * shift)            # the image is 2 units wide
+    down = up_to(2 * shift)
     cos, sin = turn.cos(), turn.sin()
     rows = torch.stack([cos * wide, (slant * cos - sin) * high, right,
                         sin * wide, (slant * sin + cos) * high, down], 1).view(-1, 2, 3)
-    return F.grid_sample(x, F.affine_grid(rows, list(x.shape), align_corners=False),
-                         padding_mode="border", align_corners=False), q
+    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False), q
+
 
 def flip_crop(x, q, generator, pad=4):
-    """Mirror half of the images, shift each by up to `pad` pixels, edges reflected: for colour."""
-    n, c, h, w = x.shape
-    x = torch.where(uniform(x, 0, 1, generator)[:, None, None, None] < 0.5, x.flip(3), x)
-    down, right = torch.randint(2 * pad + 1, (2, n), device=x.device, generator=generator)
-    rows = down[:, None, None, None] + torch.arange(h, device=x.device)[:, None]
-    columns = right[:, None, None, None] + torch.arange(w, device=x.device)
-    image = torch.arange(n, device=x.device)[:, None, None, None]
-    channel = torch.arange(c, device=x.device)[:, None, None]
-    return F.pad(x, (pad,) * 4, mode="reflect")[image, channel, rows, columns], q
+    """Mirror half of them, shift each by up to `pad` pixels, edges reflected: for colour."""
+    size = 2 * pad + 1
+    mirrored = uniform(x, 0, 1, generator) < 0.5
+    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    down, right = torch.randint(size, (2, len(x)), device=x.device, generator=generator)
+    # A view of all shifts (B,C,size,size,H,W), and one shift of each image copied from it.
+    padded = F.pad(x, (pad, pad, pad, pad), mode="reflect")
+    shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
+    return shifts[torch.arange(len(x), device=x.device), :, down, right], q
+
 
 def augment(x, q, generator):
     """What suits digits and the like, if grey; what suits photographs, if colour."""
-    return (affine if x.shape[1] == 1 else flip_crop)(x, q, generator)
+    transform = affine if x.shape[1] == 1 else flip_crop
+    return transform(x, q, generator)
 
-def beta(x, alpha, generator):
+
+def random_beta(x, alpha, generator):
     """(B,) draws from Beta(alpha, alpha), by its quantiles on a logit grid: any generator."""
-    grid = torch.linspace(-20 / min(alpha, 1), 20 / min(alpha, 1), 4097, device=x.device)
-    mass = (min(alpha, 1e6) * (F.logsigmoid(grid) + F.logsigmoid(-grid))).softmax(0).cumsum(0)
-    return grid[torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])].sigmoid()
+    reach = 20 / min(alpha, 1)          # a small alpha has its mass far out
+    grid = torch.linspace(-reach, reach, 4097, device=x.device)
+    log_density = min(alpha, 1e6) * (F.logsigmoid(grid) + F.logsigmoid(-grid))
+    mass = log_density.softmax(0).cumsum(0)
+    place = torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])
+    return grid[place].sigmoid()
+
 
 def mixup(x, q, generator, alpha=math.inf):
-    """A convex combination of two images and their labels (Zhang et al. 2018); at best, halves."""
-    t = beta(x, alpha, generator)[:, None]
-    other, w = torch.randperm(len(x), device=x.device, generator=generator), t[..., None, None]
+    """A convex combination of two images and their labels (Zhang et al. 2018), or halves."""
+    t = random_beta(x, alpha, generator)[:, None]
+    other = torch.randperm(len(x), device=x.device, generator=generator)
+    w = t[..., None, None]
     return w * x + (1 - w) * x[other], t * q + (1 - t) * q[other]
+
 
 def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
-    n, _, h, w = x.shape
-    side = (1 - beta(x, alpha, generator)).sqrt()
-    rows, columns = (((torch.arange(size, device=x.device) + 0.5) / size - uniform(
-        x, 0, 1, generator)[:, None]).abs() < side[:, None] / 2 for size in (h, w))
+    side = (1 - random_beta(x, alpha, generator)).sqrt()
+    rows = covered(x.shape[2], uniform(x, 0, 1, generator), side)
+    columns = covered(x.shape[3], uniform(x, 0, 1, generator), side)
     inside = rows[:, :, None] & columns[:, None, :]
-    t = 1 - inside.float().mean((1, 2))[:, None]          # what the border cut off counts as kept
-    other = torch.randperm(n, device=x.device, generator=generator)
+    t = 1 - inside.float().mean((1, 2))[:, None]       # what the border cut off counts as kept
+    other = torch.randperm(len(x), device=x.device, generator=generator)
     return torch.where(inside[:, None], x[other], x), t * q + (1 - t) * q[other]
 
-def corrupt(images, seed=0):
-    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by two pixels."""
-    x, g = images.float() / 255, torch.Generator(images.device).manual_seed(seed)
-    harder = {"noise": x + 0.15 * torch.randn(x.shape, device=x.device, generator=g),
-              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
-              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
-    return {name: (v.clamp(0, 1) * 255).round().byte() for name, v in harder.items()}
 
-# ---- what compare.py uses as well ------------------------------------------------------------
-def judge(logits_of, images, y, held, held_y) -> dict:
-    """Scores on images, plain, after one temperature fitted on held-out images, and made harder."""
-    from latent import scores, subsample
-    logits, held_logits, few = logits_of(images), logits_of(held), subsample(len(y), 2000)
-    best = min(torch.logspace(-2, 4, 61, base=2).tolist(),
-               key=lambda t: F.cross_entropy(held_logits / t, held_y).item())
-    scaled = scores((logits / best).softmax(1), y)
-    return {**scores(logits.softmax(1), y), "temperature": best,
-            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
-            **{name: (logits_of(harder).argmax(1) == y[few]).float().mean().item()
-               for name, harder in corrupt(images[few]).items()}}
+def covered(size, centre, side):
+    """(B,size) bool: pixels within side / 2 of a centre (B,); both in parts of the image."""
+    pixel = (torch.arange(size, device=centre.device) + 0.5) / size
+    return (pixel - centre[:, None]).abs() < side[:, None] / 2
 
-# ---- command ---------------------------------------------------------------------------------
+
+# ---- command --------------------------------------------------------------------------------
+
 def parse_args(argv=None):
-    import common
-    parser = common.flags("cnn.py", __doc__)
+    from common import flags, number
+    parser = flags("cnn.py", __doc__)
     add = parser.add_argument_group("the classifier and its training").add_argument
-    add("--images", type=common.number(int, 1), help="train on this many real images, equal "
-        "numbers a class; without it on those that the VAE saw")
-    add("--hybrid-fraction", type=common.number(float, 0, 1), default=[1.0, 0.0], nargs="+",
-        metavar="SHARE", help="in the first half and in the last quarter, linear between; or "
-        "always; 0 is the plain CNN, 1 sees no real image")
-    add("--augment", action="store_true", help="random affine maps (grey), flips and shifts (RGB)")
-    add("--mixup", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup by Beta(ALPHA, ALPHA), best near 100, in that share; without hybrids "
-        "all, then none")
-    add("--cutmix", type=common.number(float, 0, 100), default=0.0, metavar="ALPHA",
+    add("--images", type=number(int, 1),
+        help="number of real training images, equal numbers per class; if not given, those "
+        "that the VAE saw")
+    add("--hybrid-fraction", type=number(float, 0, 1), default=[1.0, 0.0], nargs="+",
+        metavar="SHARE", help="share of hybrids in a batch: one number, or one for the first "
+        "half of the training and one for its last quarter, linear between; 0 is the plain "
+        "CNN, 1 sees no real image")
+    add("--augment", action="store_true",
+        help="change images at random: affine maps if grey, mirroring and shifts if colour")
+    add("--mixup", type=number(float, 0, 100), default=0.0, metavar="ALPHA",
+        help="mixup with weights from Beta(ALPHA, ALPHA), best near 100, in the share of the "
+        "hybrids or, without hybrids, of all images at first and none in the end; 0 is off")
+    add("--cutmix", type=number(float, 0, 100), default=0.0, metavar="ALPHA",
         help="cutmix likewise; 0 is off")
-    add("--width", type=common.number(int, 1, 1024), default=32, help="channels of the first block")
-    add("--steps", type=common.number(int, 1), default=600, help="optimiser steps")
-    add("--batch-size", type=common.number(int, 2), default=64, help="images a step")
-    add("--lr", type=common.number(float, 0, 10), default=3e-3, help="highest learning rate")
-    add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of AdamW")
-    add("--resume", action="store_true", help="go on from cnn.last.pt, if there is one that fits")
-    add("--predict", type=Path, metavar="PATH", help="print the percentages of a picture, or of "
-        "all pictures in a folder as CSV, and stop")
+    add("--width", type=number(int, 1, 1024), default=32,
+        help="number of channels of the first block")
+    add("--steps", type=number(int, 1), default=600, help="number of optimiser steps")
+    add("--batch-size", type=number(int, 2), default=64, help="images per step")
+    add("--lr", type=number(float, 0, 10), default=3e-3, help="highest learning rate")
+    add("--weight-decay", type=number(float, 0, 10), default=0.05,
+        help="weight decay of AdamW")
+    add("--resume", action="store_true",
+        help="go on from cnn.last.pt, if there is one that fits")
+    add("--predict", type=Path, metavar="PATH",
+        help="print the percentages of a picture, or of all pictures in a folder as CSV, "
+        "and stop")
     args = parser.parse_args(argv)
+    args.writes = args.predict is None
     if len(args.hybrid_fraction) > 2:
         parser.error("--hybrid-fraction takes one share, or one at first and one in the end")
     return args
 
+
 def draw(history, q, y, classes):
     """Training curves and the confusion matrix on test images."""
-    from vae import COLOURS, figure, tidy
-    fig = figure(12, 4.8)
+    import common
+    fig = common.figure(12, 4.8)
     curve, matrix = fig.subplots(1, 2, width_ratios=[1.2, 1])
+    common.tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
     steps = [row["step"] for row in history]
-    tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
-    tidy(matrix, "Which classes does it confuse?", "predicted", "true (numbers: % of the row)")
-    matrix.grid(False)
-    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4, color=COLOURS[0])
+    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
+               color=common.COLOURS[0])
     loss = curve.twinx()
-    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=COLOURS[2])
+    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=common.COLOURS[2])
     loss.set_ylabel("training loss, nats (dashed)")
     loss.spines[["top"]].set_visible(False)
-    k = len(classes)
-    counts = torch.zeros(k, k).index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
-    rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    matrix.imshow(rates.numpy(), cmap="Greys", vmin=0, vmax=100)
-    if k <= 12:
-        long = max(map(len, classes)) > 3
-        matrix.set_xticks(range(k), classes, rotation=45 * long, ha="right" if long else "center")
-        matrix.set_yticks(range(k), classes)
-        for row, column in (rates >= 0.5).nonzero().tolist():
-            matrix.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center",
-                        fontsize=8, color="white" if rates[row, column] > 50 else "black")
+    draw_confusion(matrix, q, y, classes)
     return fig
 
-def answer(args):
+
+def draw_confusion(axes, q, y, classes):
+    """How often an image of one class (rows) is taken for another (columns), in %."""
+    import common
+    k = len(classes)
+    counts = torch.zeros(k, k)
+    counts.index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
+    rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    common.tidy(axes, "Which classes does it confuse?", "predicted",
+                "true (numbers: % of the row)")
+    axes.grid(False)
+    axes.imshow(rates.numpy(), cmap="Greys", vmin=0, vmax=100)
+    if k > 12:                          # numbers and names would not be readable
+        return
+    axes.set_xticks(range(k), classes)
+    axes.set_yticks(range(k), classes)
+    if max(map(len, classes)) > 3:
+        axes.set_xticks(range(k), classes, rotation=45, ha="right")
+    for row, column in (rates >= 0.5).nonzero().tolist():
+        colour = "white" if rates[row, column] > 50 else "black"
+        axes.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center",
+                  fontsize=8, color=colour)
+
+
+def answer(run, path):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
-    from latent import ranking
-    from vae import read_like
-    saved = common.load(args, "cnn")
-    model, classes = CNN(**saved["config"]), saved["dataset"]["classes"]
-    model.load_state_dict(saved["model"])
-    if not args.predict.is_dir():
-        image, how = read_like(args.predict, saved["dataset"])
-        print(how)
-        return print(ranking(predict(model, image)[0].softmax(0), classes))
-    files = sorted(f for f in args.predict.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
-    common.need(files, f"{args.predict} holds no images ({' '.join(common.IMAGE_FILES)})")
+    saved = common.load(run, "cnn")
+    model = CNN.restore(saved)
+    classes = saved["dataset"]["classes"]
+    if not path.is_dir():
+        image, report = common.read_like(path, saved["dataset"])
+        print(report)
+        print(common.ranking(predict(model, image)[0].softmax(0), classes))
+        return
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
+    common.require(files, f"{path} holds no images ({' '.join(common.IMAGE_FILES)})")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", "likeliest", *classes])
     for file in files:
-        image, how = read_like(file, saved["dataset"])
-        print(how, file=sys.stderr)
+        image, report = common.read_like(file, saved["dataset"])
+        print(report, file=sys.stderr)
         q = predict(model, image)[0].softmax(0)
-        table.writerow([file, classes[int(q.argmax())], *(f"{p:.4f}" for p in q.tolist())])
+        table.writerow([file, classes[int(q.argmax())]] + [f"{p:.4f}" for p in q.tolist()])
 
-def command(args):
+
+def mixer(args):
+    """The mixing that the flags name: (x, q, generator) -> (x, q), or None."""
+    if not args.mixup and not args.cutmix:
+        return None
+
+    def mix(x, q, generator):
+        if args.mixup:
+            x, q = mixup(x, q, generator, args.mixup)
+        if args.cutmix:
+            x, q = cutmix(x, q, generator, args.cutmix)
+        return x, q
+
+    return mix
+
+
+def command(run, args):
     import common
-    from latent import scores
-    from vae import distribute, training
-    device, amp = common.start(args)
     if args.predict:
-        return answer(args)
-    hybrid = any(args.hybrid_fraction)
-    stems = [args.out / "vae.pt"] if hybrid or (args.out / "vae.pt").exists() else []
-    upstream = common.load(args, "vae", device) if stems else None
-    data = common.load_dataset(args, device, upstream)
+        return answer(run, args.predict)
+    sources = []
+    upstream = None
+    share = (args.hybrid_fraction[0], args.hybrid_fraction[-1])
+    uses_hybrids = any(share)
+    if uses_hybrids or (run.out / "vae.pt").exists():
+        upstream = common.load(run, "vae", run.device)
+        sources.append(run.out / "vae.pt")
+    data = common.load_dataset(run, upstream)
     pool, validation = common.split(data)
-    validation, rows = validation.to(device), upstream["rows"] if upstream else pool
+    validation = validation.to(run.device)
     if args.images:
         rows = common.subset(data, pool, args.images, args.seed)
-    x, y, classes = data.images[rows.to(device)], data.labels[rows.to(device)], len(data.classes)
-    real, made, made_from = (x, F.one_hot(y, classes).float()), None, stems
-    if hybrid:
-        saved = common.load(args, "hybrids", device)
-        made, made_from = (saved["images"], saved["q"]), [*made_from, args.out / "hybrids.pt"]
-    share = args.hybrid_fraction[0], args.hybrid_fraction[-1]
+    else:
+        rows = upstream["rows"] if upstream else pool
+    rows = rows.to(run.device)
+    classes = len(data.classes)
+    real = (data.images[rows], F.one_hot(data.labels[rows], classes).float())
+    hybrids = None
+    if uses_hybrids:
+        saved = common.load(run, "hybrids", run.device)
+        hybrids = (saved["images"], saved["q"])
+        sources.append(run.out / "hybrids.pt")
 
-    def mix(x, q, g):
-        x, q = mixup(x, q, g, args.mixup) if args.mixup else (x, q)
-        return cutmix(x, q, g, args.cutmix) if args.cutmix else (x, q)
-    how = dict(mix=mix if args.mixup or args.cutmix else None, share=share if hybrid else (1, 0),
-               transforms=[augment] * args.augment)
-    torch.manual_seed(args.seed)                          # the initial weights
-    model = CNN(x.shape[1], classes, args.width, max(x.shape[2:]))
-    model = model.to(device, memory_format=torch.channels_last)
-    net, size, generator = distribute(model, args, device)
+    torch.manual_seed(args.seed)                        # the initial weights
+    model = CNN(data.images.shape[1], classes, args.width, max(data.images.shape[2:]))
+    model = model.to(run.device)
+    net, size, generator = common.distribute(model, run, args.batch_size)
+    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
+    if not uses_hybrids:                # then it is the share of --mixup and --cutmix
+        share = (1.0, 0.0)
+    transforms = [augment] if args.augment else []
+    next_batch = batches(real, size, hybrids, mixer(args), share, transforms)
 
-    def say(row):
-        q = predict(model, data.images[validation], amp).softmax(1)
-        row["validation"] = scores(q, data.labels[validation])["accuracy"]
-        return f"loss {row['loss']:.3f}  validation {row['validation']:.1%}"
-
-    work = {"amp": amp, "device": device.type, "from": [common.fingerprint(f) for f in made_from]}
-    history = training("cnn", args, data, work, lambda state: fit(
-        net, batches(real, size, made, **how), steps=args.steps, lr=args.lr, generator=generator,
-        weight_decay=args.weight_decay, amp=amp, state=state), say)
-    if not history:
+    marks = [common.fingerprint(source) for source in sources]
+    last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, made_from=marks)
+    for row in fit(net, next_batch, steps=args.steps, lr=args.lr, amp=run.amp,
+                   weight_decay=args.weight_decay, generator=generator, state=last.state):
+        if common.RANK == 0:            # the first rank reports and writes
+            q = predict(model, data.images[validation], run.amp).softmax(1)
+            row["validation"] = common.scores(q, data.labels[validation])["accuracy"]
+            last.keep(row, f"loss {row['loss']:.3f}  validation {row['validation']:.1%}")
+    if common.RANK > 0:
         return
-    q = predict(model, data.test_images, amp).softmax(1)
-    metrics = {**scores(q, data.test_labels), "history": history, "real_images": len(x)}
-    common.write(args.out / "cnn.png", draw(history, q.cpu(), data.test_labels.cpu(), data.classes))
-    common.save(args.out / "cnn.pt", args, data, metrics, made_from, config=model.config,
+
+    q = predict(model, data.test_images, run.amp).softmax(1)
+    metrics = {**common.scores(q, data.test_labels), "history": last.history,
+               "real_images": len(rows)}
+    common.write(run.out / "cnn.png",
+                 draw(last.history, q.cpu(), data.test_labels.cpu(), data.classes))
+    common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
                 model=model.cpu().state_dict())
-    (args.out / "cnn.last.pt").unlink(missing_ok=True)
-    print(f"{len(x):,} real images, {(5 * share[0] + 3 * share[1]) / 8:.0%} hybrids on average; "
-          f"on {len(q):,} test:")
+    last.remove()
+    print(f"{len(rows):,} real images, {average:.0%} hybrids on average; on {len(q):,} test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))
-    print(args.out / "cnn.png", args.out / "cnn.pt", sep="\n")
+    print(run.out / "cnn.png", run.out / "cnn.pt", sep="\n")
+
 
 def main(argv=None) -> int:
     import common
-    return common.guard(command, parse_args(argv))
+    return common.run_script(command, parse_args(argv))
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,13 +1,13 @@
 """Compare classifiers fairly: accuracy versus number of real images, many arms, many subsets.
 
-    python compare.py                                  # runs/glyphs: 2 sizes x 5 subsets x 3 arms
+    python compare.py                               # runs/glyphs: 2 sizes x 5 subsets x 3 arms
     python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
 
-Every arm of one size and subset has the same images, initial weights and number of steps; the VAE
-sees no others, unless told to. The last step's score counts; none is picked.
+Every arm of one size and subset has the same images, initial weights and number of steps; the
+VAE sees no others, unless told to. The last step's score counts; none is picked.
 
-Reads:  a data set (the one of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
-Writes: compare.json compare.csv compare.png, summary.png, and cells/, from which a grid goes on.
+Reads:  a data set (that of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
+Writes: compare.json compare.csv compare.png, summary.png; cells/, from which a grid goes on.
 """
 import functools
 import itertools
@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,10 @@ import hybrids
 import latent
 import vae
 
-# Letters: n real images, S subsets (seeds), an arm is one way to train the CNN.
+# Letters: n real images, S subsets (seeds); an arm is one way to train the CNN; a unit is one
+# subset of one size, (n, seed); a cell is one arm of a unit.
+
+
 class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
     strategy: str = ""
@@ -40,146 +44,333 @@ class Arm(NamedTuple):
     mix: str = ""                       # halves, mixup, cutmix or both
     augment: bool = False
     pixels: float = 0.5                 # part of the hybrids mixed without the decoder
-    cut: bool | None = None             # hybrids cut, not mixed; without it those of colour
+    cut: bool | None = None             # hybrids cut, not mixed; None: those of colour
+
 
 ARMS = {
-    "real": Arm(), "augment": Arm(augment=True),
-    "mixup": Arm(mix="halves"), "cutmix": Arm(mix="cutmix"),
+    "real": Arm(),
+    "augment": Arm(augment=True),
+    "mixup": Arm(mix="halves"),
+    "cutmix": Arm(mix="cutmix"),
     "real+hybrid": Arm("between"),
     "hybrid only": Arm("between", share=(1.0, 1.0)),
     "prior hybrid": Arm("prior", "density"),            # the idea as first stated
     "augment+mixup": Arm(mix="mixup", augment=True),
     "augment+hybrid": Arm("between", augment=True, cut=False),
-    "weight labels": Arm("between", "weight"),          # the controls: where is a gain from?
+    # The controls: where is a gain from?
+    "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "all decoded": Arm("between", pixels=0.0), "mixup+cutmix": Arm(mix="both"),
-    "never cut": Arm("between", cut=False), "always cut": Arm("between", cut=True),
+    "all decoded": Arm("between", pixels=0.0),
+    "mixup+cutmix": Arm(mix="both"),
+    "never cut": Arm("between", cut=False),
+    "always cut": Arm("between", cut=True),
     "mixup density labels": Arm("between", "density", pixels=1.0),  # the same pairs, undecoded
     "reconstructions": Arm("around", "weight", residual=False),
     "pseudo-labels": Arm("around", "weight", pixels=1.0),   # images as such: --vae-data all
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
-BATCH, POOL, UNLABELLED = 64, 50_000, 20_000    # a batch; at most: hybrids, labels spread
+BATCH = 64
+POOL = 50_000                           # most hybrids of a cell
+UNLABELLED = 20_000                     # most images that labels are spread to
+VIEWS = 9                            # augmented ones of a grey image, for augment+hybrid's VAE
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
-VIEWS = 9                               # augmented ones of a grey image, for augment+hybrid's VAE
-generator = lambda images, seed: torch.Generator(images.device).manual_seed(seed)
+
+
+# ---- training one cell ----------------------------------------------------------------------
+
+def generator_for(images, seed):
+    return torch.Generator(images.device).manual_seed(seed)
+
 
 def train_vae(images, seed, recipe):
     """A VAE of uint8 images (n,C,H,W), and nothing else."""
     torch.manual_seed(seed)
-    model = vae.VAE(*images.shape[1:], latent_dim=recipe["latent_dim"])
-    model = model.to(images.device, memory_format=torch.channels_last)
+    model = vae.VAE(*images.shape[1:], latent_dim=recipe["latent_dim"]).to(images.device)
     for _ in vae.fit(model, vae.batches(images, BATCH), steps=recipe["vae_steps"], rounds=1,
-                     amp=recipe["amp"], generator=generator(images, seed)):
+                     amp=recipe["amp"], generator=generator_for(images, seed)):
         pass
     return model.eval()
 
-class Source:
-    """The hybrids of one cell: a VAE of its images, their codes, the posterior of its classes."""
-    def __init__(self, images, y, classes, seed, recipe, views=0, model=None, unlabelled=()):
-        self.seed, self.count, amp = seed, min(POOL, BATCH * recipe["steps"]), recipe["amp"]
-        g, x = generator(images, seed), images.float() / 255
-        seen = [(cnn.augment(x, None, g)[0] * 255).round().byte() for _ in range(views)]
-        self.images = torch.cat([images, *seen, *unlabelled])
-        model = model or train_vae(self.images, seed, recipe)
-        self.decode = lambda z: vae.decode_all(model, z, amp)
-        mu, logvar = vae.encode_all(model, self.images, amp)
-        found = latent.spread_labels(mu, y, classes) if unlabelled else y.repeat(1 + views)
-        self.images, self.y, self.mu, self.logvar = (
-            v[found >= 0] for v in (self.images, found, mu, logvar))
-        posterior = self.posterior = latent.teach(self.mu, self.logvar, self.y, classes)
-        self.classify = lambda x: posterior(*vae.encode_all(model, x, amp))
 
-    def pool(self, arm):
-        """Images uint8 (count,C,H,W) and their probabilities (count,K)."""
-        g = generator(self.mu, self.seed)
-        points = hybrids.sample(arm.strategy, self.count, self.mu, self.logvar, self.y,
-                                self.posterior, g)
-        x = hybrids.render(points, self.decode, self.mu, self.images, arm.residual, arm.pixels,
-                           arm.cut, g)
-        return x, hybrids.label(arm.label, points, self.y, self.posterior, g)
+class Source(NamedTuple):
+    """What the hybrids of a unit are made of."""
+    images: torch.Tensor                # uint8 (N,C,H,W)
+    codes: latent.Codes                 # of these images
+    model: vae.VAE
+    amp: bool
 
-def train_cnn(arm, images, y, classes, source, seed, recipe):
-    """The CNN of one arm on n real images, and on hybrids of source(whether from views)."""
-    real, augment = (images, F.one_hot(y, classes).float()), [cnn.augment] * arm.augment
-    made = source(arm.augment).pool(arm) if arm.strategy else None
-    turns = itertools.cycle([cnn.mixup, cnn.cutmix])
-    mix = {"halves": cnn.mixup, "cutmix": cnn.cutmix, "both": lambda *batch: next(turns)(*batch),
-           "mixup": functools.partial(cnn.mixup, alpha=4.0)}.get(arm.mix)   # of augmented images
-    torch.manual_seed(seed)                             # the same initial weights for every arm
+    def classify(self, images):
+        """Logits (M,K) of uint8 images by the latent posterior alone."""
+        codes = vae.encode_all(self.model, images, self.amp)
+        return self.codes.posterior(*codes).clamp(min=1e-9).log()
+
+    def pool(self, arm, count, seed):
+        """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
+        generator = generator_for(self.codes.mu, seed)
+        decode = functools.partial(vae.decode_all, self.model, amp=self.amp)
+        points = hybrids.sample(arm.strategy, count, self.codes, generator)
+        return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
+                            residual=arm.residual, pixels=arm.pixels, cut=arm.cut,
+                            generator=generator)
+
+
+def source_of_subset(images, y, classes, seed, recipe, views=0) -> Source:
+    """A VAE of n images, and of so many augmented views of each, and their codes."""
+    generator = generator_for(images, seed)
+    x = images.float() / 255
+    seen = [images]
+    for _ in range(views):
+        view, _ = cnn.augment(x, None, generator)
+        seen.append((view * 255).round().byte())
+    images = torch.cat(seen)
+    model = train_vae(images, seed, recipe)
+    return source_of(images, y.repeat(1 + views), classes, model, recipe["amp"])
+
+
+def source_of_all(images, y, classes, recipe, model, unlabelled) -> Source:
+    """Codes of n images and of unlabelled ones, which get their labels from the n."""
+    images = torch.cat([images, unlabelled])
+    mu, _ = vae.encode_all(model, images, recipe["amp"])
+    labels = latent.spread_labels(mu, y, classes)
+    known = labels >= 0                 # without a label an image is of no use
+    return source_of(images[known], labels[known], classes, model, recipe["amp"])
+
+
+def source_of(images, y, classes, model, amp) -> Source:
+    mu, logvar = vae.encode_all(model, images, amp)
+    posterior = latent.teach(mu, logvar, y, classes)
+    return Source(images, latent.Codes(mu, logvar, y, posterior), model, amp)
+
+
+def mixing(name):
+    """The mixing that an arm names: (x, q, generator) -> (x, q), or None."""
+    if name == "halves":
+        return cnn.mixup
+    if name == "mixup":                 # of augmented images halves are no better
+        return functools.partial(cnn.mixup, alpha=4.0)
+    if name == "cutmix":
+        return cnn.cutmix
+    if name == "both":
+        return in_turn(cnn.mixup, cnn.cutmix)
+    return None
+
+
+def in_turn(*transforms):
+    """One of the transforms a batch, one after the other."""
+    turns = itertools.cycle(transforms)
+
+    def transform(x, q, generator):
+        return next(turns)(x, q, generator)
+
+    return transform
+
+
+def train_cnn(arm, images, y, classes, made, seed, recipe):
+    """The CNN of one arm on n real images, and on hybrids `made`: images and probabilities."""
+    real = (images, F.one_hot(y, classes).float())
+    transforms = [cnn.augment] if arm.augment else []
+    torch.manual_seed(seed)             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
-    model = model.to(images.device, memory_format=torch.channels_last)
-    for _ in cnn.fit(model, cnn.batches(real, BATCH, made, mix, arm.share, augment),
-                     steps=recipe["steps"], weight_decay=recipe["weight_decay"], rounds=1,
-                     amp=recipe["amp"], generator=generator(images, seed)):
+    model = model.to(images.device)
+    next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share, transforms)
+    generator = generator_for(images, seed)
+    for _ in cnn.fit(model, next_batch, steps=recipe["steps"], rounds=1, amp=recipe["amp"],
+                     weight_decay=recipe["weight_decay"], generator=generator):
         pass
     return model
 
-def cell(folder, n, seed, arm, recipe):
-    """-> the file of a cell, its row; None where that is absent, or a bit of it has changed."""
-    mark = common.fingerprint(json.dumps([ARMS[arm], recipe], sort_keys=True).encode())
-    file = folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
-    try:
-        row, check = json.loads(file.read_text())
-        return file, row if check == common.fingerprint(json.dumps(row).encode()) else None
-    except (OSError, ValueError, TypeError):
-        return file, None
 
-def run_cells(unit, *, data, arms, recipes, folder, shared):
-    """Train and score the missing arms of a unit (n, seed); each leaves one small file."""
-    (n, seed), recipe, failed, classes = unit, recipes[unit[0]], [], len(data.classes)
-    cells = [(arm, *cell(folder, n, seed, arm, recipe)) for arm in arms]
-    pool, validation = common.split(data)
-    take = lambda rows: [v[rows.to(v.device)] for v in (data.images, data.labels)]
-    x, y = take(common.subset(data, pool, n, seed))
-    some = latent.subsample(len(validation), min(1000, (len(validation) + 1) // 2))
-    held, rest = take(validation[some]), validation[~torch.isin(validation, validation[some])]
-    judged = (data.test_images, data.test_labels) if recipe["score"] == "test" else take(rest)
-    make = functools.cache(lambda views: Source(x, y, classes, seed, recipe, views, **shared))
-    source = lambda augment: make(VIEWS * (augment and x.shape[1] == 1 and not shared))
-    for arm, file, _ in filter(lambda found: not found[2], cells):
-        try:
-            if ARMS[arm].strategy == "posterior":
-                logits_of = lambda v: source(False).classify(v).clamp(min=1e-9).log()
+def corrupt(images, seed=0):
+    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by 2 pixels."""
+    x = images.float() / 255
+    noise = torch.randn(x.shape, device=x.device, generator=generator_for(images, seed))
+    copies = {"noise": x + 0.15 * noise,
+              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
+              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
+    return {name: (copy.clamp(0, 1) * 255).round().byte() for name, copy in copies.items()}
+
+
+def evaluate(logits_of, images, y, validation, validation_y) -> dict:
+    """Scores on images: plain, after one temperature fitted on others, and made harder."""
+    logits = logits_of(images)
+    validation_logits = logits_of(validation)
+
+    def nll(temperature):
+        return F.cross_entropy(validation_logits / temperature, validation_y).item()
+
+    temperature = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
+    scaled = common.scores((logits / temperature).softmax(1), y)
+    result = {**common.scores(logits.softmax(1), y), "temperature": temperature,
+              "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"]}
+    some = latent.subsample(len(y), 2000)
+    for name, harder in corrupt(images[some]).items():
+        right = logits_of(harder).argmax(1) == y[some]
+        result[name] = right.float().mean().item()
+    return result
+
+
+# ---- the grid: units, cells and the processes that work on them -----------------------------
+
+class Grid(NamedTuple):
+    """What is compared: these arms on these subsets, by the recipe of each size."""
+    data: common.Dataset
+    pool: torch.Tensor                  # rows that subsets are drawn from
+    validation: torch.Tensor
+    arms: list
+    seeds: range
+    recipes: dict                       # n -> settings that a cell depends on
+    folder: Path                        # of the cells
+
+    def units(self):
+        """The largest first: at the end of a grid no core waits long for another."""
+        return list(itertools.product(sorted(self.recipes, reverse=True), self.seeds))
+
+    def cell(self, n, seed, arm) -> Path:
+        """The file of a cell; other settings have another name."""
+        settings = json.dumps([ARMS[arm], self.recipes[n]], sort_keys=True)
+        mark = common.fingerprint(settings.encode())
+        return self.folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
+
+    def missing(self, unit) -> list:
+        """The arms of a unit that have no cell yet."""
+        return [arm for arm in self.arms if read_cell(self.cell(*unit, arm)) is None]
+
+    def rows(self) -> list:
+        """The finished cells, by size, subset and arm."""
+        cells = itertools.product(sorted(self.recipes), self.seeds, self.arms)
+        rows = [read_cell(self.cell(*cell)) for cell in cells]
+        return [row for row in rows if row is not None]
+
+
+def read_cell(file: Path):
+    """The row of a cell; None where there is none, or a bit of it has changed."""
+    try:
+        row, mark = json.loads(file.read_text())
+        return row if mark == common.fingerprint(json.dumps(row).encode()) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_cell(file: Path, row: dict):
+    common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
+
+
+class Unit:
+    """One subset of one size: its images, those that score it, its hybrids' sources."""
+
+    def __init__(self, grid: Grid, n: int, seed: int, shared=None):
+        data = grid.data
+        self.seed = seed
+        self.classes = len(data.classes)
+        self.recipe = grid.recipes[n]
+        self.shared = shared            # of all units: the model and images of --vae-data all
+        self.images, self.y = rows_of(data, common.subset(data, grid.pool, n, seed))
+        # Temperatures are fitted on some validation images; the others may be the judges.
+        count = min(1000, (len(grid.validation) + 1) // 2)
+        some = grid.validation[latent.subsample(len(grid.validation), count)]
+        self.fitting = rows_of(data, some)
+        self.scored = (data.test_images, data.test_labels)
+        if self.recipe["score"] == "validation":
+            self.scored = rows_of(data, grid.validation[~torch.isin(grid.validation, some)])
+        self.sources = {}
+
+    def source(self, augmented: bool) -> Source:
+        """Made when it is first asked for; the arms share it."""
+        views = 0
+        if augmented and self.images.shape[1] == 1 and not self.shared:
+            views = VIEWS
+        if views not in self.sources:
+            labelled = (self.images, self.y, self.classes)
+            if self.shared:
+                made = source_of_all(*labelled, self.recipe, *self.shared)
             else:
-                model = train_cnn(ARMS[arm], x, y, classes, source, seed, recipe)
-                logits_of = lambda v: cnn.predict(model, v, recipe["amp"])
-            mixed = len(source(ARMS[arm].augment).y) if ARMS[arm].strategy else n
-            row = {"n": n, "seed": seed, "arm": arm, "sources": mixed,      # with spread labels
-                   **cnn.judge(logits_of, *judged, *held)}
-            common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
+                made = source_of_subset(*labelled, self.seed, self.recipe, views)
+            self.sources[views] = made
+        return self.sources[views]
+
+    def row(self, name: str) -> dict:
+        """Train an arm and score it."""
+        arm = ARMS[name]
+        sources = len(self.y)
+        made = None
+        if arm.strategy:
+            source = self.source(arm.augment)
+            sources = len(source.images)                # with those that got a label
+        if arm.strategy == "posterior":
+            logits_of = source.classify
+        else:
+            if arm.strategy:
+                count = min(POOL, BATCH * self.recipe["steps"])
+                made = source.pool(arm, count, self.seed)
+            model = train_cnn(arm, self.images, self.y, self.classes, made, self.seed,
+                              self.recipe)
+            logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
+        return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,
+                **evaluate(logits_of, *self.scored, *self.fitting)}
+
+
+def rows_of(data, rows):
+    """Images and labels of some rows."""
+    rows = rows.to(data.images.device)
+    return data.images[rows], data.labels[rows]
+
+
+def run_unit(unit, grid: Grid, shared=None):
+    """Train and score the missing arms of a unit, a file each -> the unit, its failures."""
+    work = Unit(grid, *unit, shared)
+    failed = []
+    for arm in grid.missing(unit):
+        try:
+            write_cell(grid.cell(*unit, arm), work.row(arm))
         except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
-            failed.append(f"{arm}: {str(error) or repr(error)}".splitlines()[0])
-    return unit, "; ".join(failed)                      # the other arms, and the grid, go on
+            reason = str(error) or repr(error)          # the other arms, and the grid, go on
+            failed.append(f"{arm}: {reason.splitlines()[0]}")
+    return unit, "; ".join(failed)
+
 
 def start_worker(threads):
     """A process of the grid: so many threads, and no life after its parent's."""
     torch.set_num_threads(threads)
     parent = torch.multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
 
 def run_grid(units, work, jobs, threads, progress):
-    """work((n, seed)) -> unit, reason of a failure, for all units; -> the reasons there were."""
-    failed, pool = [], None
-    if jobs > 1:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's business
+    """work((n, seed)) -> unit, its failures, for all units -> the failures there were."""
+    failed = []
+    pool = None
+    if jobs <= 1:
+        results = map(work, units)
+    else:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent
         pool = ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"),
                                    start_worker, [threads])
         futures = [pool.submit(work, unit) for unit in units]
         signal.signal(signal.SIGINT, before)
+        results = (future.result() for future in as_completed(futures))
     try:
-        results = (f.result() for f in as_completed(futures)) if pool else map(work, units)
         for done, ((n, seed), reason) in enumerate(results, 1):
-            failed += [f"n={n} subset {seed}: {reason}"] if reason else []
-            progress(done, reason or f"n={n} subset {seed}")
-    except RuntimeError as error:                       # a process killed, or no shared memory
+            name = f"n={n} subset {seed}"
+            if reason:
+                failed.append(f"{name}: {reason}")
+            progress(done, reason or name)
+    except RuntimeError as error:       # a process killed, or no shared memory
         raise common.Mistake(f"{error}; run the same command again, with --jobs 1") from None
     finally:
-        for process in [*pool._processes.values()] if pool else []:
-            process.terminate()
+        if pool:
+            for process in list(pool._processes.values()):
+                process.terminate()
     return failed
+
+
+# ---- statistics -----------------------------------------------------------------------------
 
 def t_quantile(df: int, p=0.975) -> float:
     """Of Student's t: with t = sqrt(df) tan(a), the density of a is cos(a)^(df-1)."""
@@ -187,210 +378,353 @@ def t_quantile(df: int, p=0.975) -> float:
     mass = np.cumsum(np.maximum(np.cos(angle), 0) ** (df - 1))
     return math.sqrt(df) * math.tan(np.interp(p * mass[-1], mass, angle))
 
+
 def interval(values):
     """Mean and half-width of its 95% t interval; None for the width of a single value."""
-    mean, count = float(np.mean(values)), len(values)
-    return mean, float(t_quantile(count - 1) * np.std(values, ddof=1) / math.sqrt(count)) \
-        if count > 1 else None
+    count = len(values)
+    mean = float(np.mean(values))
+    if count == 1:
+        return mean, None
+    half = t_quantile(count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return mean, float(half)
+
 
 def sign_flip_p(differences):
-    """Two-sided exact p of a mean difference: all 2^S signs; None below 6 pairs or above 16."""
+    """Two-sided exact p of a mean difference: all 2^S signs; None but for 6 to 16 pairs."""
     if not 6 <= len(differences) <= 16:
         return None
-    sums = np.array(list(itertools.product((-1, 1), repeat=len(differences)))) @ differences
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12))
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    sums = np.abs(signs @ differences)
+    return float(np.mean(sums >= abs(sum(differences)) - 1e-12))
+
 
 def holm(ps):
     """Holm's step-down correction of p values, in their own order.
+
     >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]"""
-    worst, out = 0.0, [0.0] * len(ps)
-    for rank, k in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        worst = out[k] = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
-    return out
+    [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(ps)
+    worst = 0.0
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    for rank, k in enumerate(order):
+        worst = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
+        corrected[k] = worst
+    return corrected
+
 
 def summarise(rows, pool=math.inf, base="real"):
-    """One entry a size and arm: mean, interval, and the paired difference to `base`, in points.
+    """One entry per size and arm: mean, interval, paired difference to `base`, in points.
 
     Where n is over half of the `pool`, subsets are nearly the same images: no interval, no p.
     """
-    table, by = [], {(r["n"], r["seed"], r["arm"]): 100 * r["accuracy"] for r in rows}
-    for n, arm in itertools.product(sorted({r["n"] for r in rows}), ARMS):
-        own = [r for r in rows if (r["n"], r["arm"]) == (n, arm)]
-        values = {"accuracy": [by[n, r["seed"], arm] for r in own],
-                  "gain": [by[n, r["seed"], arm] - by[n, r["seed"], base] for r in own
-                           if arm != base and (n, r["seed"], base) in by]}
-        entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": 2 * n > pool}
-        for what, numbers in values.items():
-            if numbers:
-                entry[what], half = interval(numbers)
-                entry[f"{what}_half"] = None if entry["hollow"] else half
-        if values["gain"]:
-            entry["p"] = None if entry["hollow"] else sign_flip_p(values["gain"])
-        if own:
-            table.append(entry | {key: float(np.mean([r[key] for r in own])) for key in AVERAGED})
-    tested = [e for e in table if e.get("p") is not None]
-    for entry, p in zip(tested, holm([e["p"] for e in tested])):
+    table = []
+    baseline = {(row["n"], row["seed"]): row for row in rows if row["arm"] == base}
+    for n in sorted({row["n"] for row in rows}):
+        for arm in ARMS:
+            own = [row for row in rows if row["n"] == n and row["arm"] == arm]
+            if own:
+                table.append(summary_entry(n, arm, own, baseline, hollow=2 * n > pool))
+    tested = [entry for entry in table if entry.get("p") is not None]
+    for entry, p in zip(tested, holm([entry["p"] for entry in tested])):
         entry["p_holm"] = p
     return table
 
-def verdict(gain, half) -> str:
-    sure = half is not None and abs(gain) > half
-    return f"{'better' if gain > 0 else 'worse'} than real" if sure else "inconclusive"
 
-def pm(mean, half, sign=""):
-    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if half is not None else "")
+def summary_entry(n, arm, own, baseline, hollow):
+    """What the rows of one size and arm say together."""
+    entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": hollow}
+    accuracies = [100 * row["accuracy"] for row in own]
+    gains = []
+    for row in own:
+        pair = baseline.get((n, row["seed"]))
+        if pair is not None and pair["arm"] != arm:
+            gains.append(100 * row["accuracy"] - 100 * pair["accuracy"])
+    for what, numbers in (("accuracy", accuracies), ("gain", gains)):
+        if numbers:
+            entry[what], half = interval(numbers)
+            entry[f"{what}_half"] = None if hollow else half
+    if gains:
+        entry["p"] = None if hollow else sign_flip_p(gains)
+    for key in AVERAGED:
+        entry[key] = float(np.mean([row[key] for row in own]))
+    return entry
+
+
+def verdict(gain, half) -> str:
+    if half is None or abs(gain) <= half:
+        return "inconclusive"
+    return "better than real" if gain > 0 else "worse than real"
+
+
+def plus_minus(mean, half, sign=""):
+    text = f"{mean:{sign}.1f}"
+    return text if half is None else f"{text} ± {half:.1f}"
+
 
 def answers(table):
     """Did hybrids help, by how much, how sure: a sentence a size."""
-    return [f"{e['n']:,} images: hybrids change accuracy by {pm(e['gain'], e['gain_half'], '+')} "
-            f"points ({e['subsets']} subsets): {verdict(e['gain'], e['gain_half'])}"
-            for e in table if e["arm"] == "real+hybrid" and "gain" in e]
+    sentences = []
+    for entry in table:
+        if entry["arm"] == "real+hybrid" and "gain" in entry:
+            gain = plus_minus(entry["gain"], entry["gain_half"], "+")
+            sentences.append(f"{entry['n']:,} images: hybrids change accuracy by {gain} "
+                             f"points ({entry['subsets']} subsets): "
+                             f"{verdict(entry['gain'], entry['gain_half'])}")
+    return sentences
+
+
+# ---- command: plan, run the grid, publish ---------------------------------------------------
 
 def parse_args(argv=None):
     parser = common.flags("compare.py", __doc__)
     add = parser.add_argument_group("the grid").add_argument
-    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], help="real images")
-    add("--seeds", type=common.number(int, 1), default=5, help="how many subsets, each a seed")
+    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], metavar="N",
+        help="numbers of real training images")
+    add("--seeds", type=common.number(int, 1), default=5,
+        help="number of subsets of each size; each is a seed, from --seed on")
     add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
-        metavar="ARM", help="of: " + ", ".join(ARMS))
-    add("--score", choices=["test", "validation"], default="test", help="which images judge")
-    add("--vae-data", choices=["subset", "all"], default="subset", help="the VAE sees the cell's n "
-        "images, or all, and labels are spread to those without")
-    add("--steps", type=common.number(int, 1), help="of every CNN; without it by size, 300 to 4800")
-    add("--width", type=common.number(int, 1, 1024), default=32, help="of a CNN's first block")
-    add("--weight-decay", type=common.number(float, 0, 10), default=0.05, help="of every CNN")
-    add("--vae-steps", type=common.number(int, 1), help="of a VAE; else 600, 3000 if it sees all")
-    add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size")
-    add("--jobs", type=common.number(int, 1), help="processes; else one a core, and one on a GPU")
-    add("--gather", action="store_true", help="train nothing: make the result of finished cells")
-    return parser.parse_args(argv)
+        metavar="ARM", help="what is compared, of: " + ", ".join(ARMS))
+    add("--score", choices=["test", "validation"], default="test",
+        help="images that the classifiers are scored on")
+    add("--vae-data", choices=["subset", "all"], default="subset",
+        help="images that the VAE sees: the n of the cell, or all, and then labels are spread "
+        "to those without one")
+    add("--steps", type=common.number(int, 1),
+        help="optimiser steps of every CNN; if not given, 300 to 4800 by number of images")
+    add("--width", type=common.number(int, 1, 1024), default=32,
+        help="number of channels of a CNN's first block")
+    add("--weight-decay", type=common.number(float, 0, 10), default=0.05,
+        help="weight decay of every CNN")
+    add("--vae-steps", type=common.number(int, 1),
+        help="optimiser steps of a VAE; if not given, 600, or 3000 if it sees all images")
+    add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size D")
+    add("--jobs", type=common.number(int, 1),
+        help="number of processes; if not given, one per core, or one on a GPU")
+    add("--gather", action="store_true",
+        help="train nothing; make the result of the cells that are finished")
+    args = parser.parse_args(argv)
+    if args.vae_steps is None:
+        args.vae_steps = 3000 if args.vae_data == "all" else 600
+    return args
 
-def curves(left, right, table, rows, facts, args):
+
+def cnn_steps(n: int, channels: int) -> int:
+    """Optimiser steps of a CNN on n real images, twice as many in colour."""
+    steps = 2400
+    for size in reversed(STEPS):
+        if n <= size:
+            steps = STEPS[size]
+    return 2 * steps if channels == 3 else steps
+
+
+def plan(run, args) -> Grid:
+    """The data set, the sizes that it has images for, and the settings of each."""
+    upstream = None
+    if not args.dataset and (run.out / "vae.pt").exists():
+        upstream = common.load(run, "vae")
+    data = common.load_dataset(run, upstream)
+    pool, validation = common.split(data)
+    sizes = sorted({n for n in args.sizes if n <= len(pool)})
+    common.require(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to "
+                   "train on")
+    if max(args.sizes) > len(pool):
+        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
+    recipes = {}
+    for n in sizes:
+        recipes[n] = {
+            "format": common.FORMAT, "data": data.facts()["fingerprint"], "amp": run.amp,
+            "score": args.score, "vae_data": args.vae_data, "latent_dim": args.latent_dim,
+            "vae_steps": args.vae_steps, "width": args.width,
+            "weight_decay": args.weight_decay,
+            "steps": args.steps or cnn_steps(n, data.images.shape[1])}
+    folder = run.out / "cells"
+    folder.mkdir(exist_ok=True)
+    arms = [arm for arm in ARMS if arm in args.arms]    # one order, whatever was typed
+    seeds = range(args.seed, args.seed + args.seeds)
+    return Grid(data, pool, validation, arms, seeds, recipes, folder)
+
+
+def train_missing(run, args, grid: Grid) -> list:
+    """Train the cells that are not there yet -> the reasons of failures."""
+    # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
+    units = grid.units()[common.RANK::common.RANKS]
+    units = [unit for unit in units if grid.missing(unit)]
+    threads = args.threads or 1
+    torch.set_num_threads(threads)      # everywhere: jobs must not change a result
+    jobs = args.jobs
+    if jobs is None:
+        jobs = run.cores // threads if run.device.type == "cpu" else 1
+    shared = None
+    if args.vae_data == "all" and units:
+        images = grid.data.images[grid.pool.to(run.device)]
+        model = train_vae(images, 0, grid.recipes[units[0][0]])
+        shared = (model, images[latent.subsample(len(images), UNLABELLED)])
+    work = functools.partial(run_unit, grid=grid, shared=shared)
+    progress = common.Progress(len(units), "subsets", args.quiet)
+    return run_grid(units, work, min(jobs, len(units)), threads, progress)
+
+
+def curves(left, right, table, rows, grid: Grid):
     """Accuracy versus n, and the paired gain over `real`, on two axes."""
-    arms = [arm for arm in ARMS if any(e["arm"] == arm for e in table)]
+    recipe = next(iter(grid.recipes.values()))
+    arms = [arm for arm in ARMS if any(entry["arm"] == arm for entry in table)]
     for k, arm in enumerate(arms):
-        place = list(ARMS).index(arm)                   # one look an arm, whichever are compared
-        colour, marker = vae.COLOURS[place % 10], vae.MARKERS[place % 10]
-        look = dict(color=colour, marker=marker, ms=6, label=arm, capsize=3,
-                    ls=("-", "--", ":", "-.")[place % 4], lw=2.5 if arm == "real+hybrid" else 1.3)
-        own = [e for e in table if e["arm"] == arm]
-        side = 1 + 0.03 * (k - (len(arms) - 1) / 2)     # side by side, not on top of each other
-        dots = [(r["n"] * side, 100 * r["accuracy"]) for r in rows if r["arm"] == arm]
-        left.scatter(*zip(*dots), s=9, color=colour, alpha=0.5, linewidths=0)
-        for axes, what in ((left, "accuracy"), (right, "gain")):
-            if there := [e for e in own if what in e]:
-                axes.errorbar([e["n"] * side for e in there], [e[what] for e in there],
-                              [e[f"{what}_half"] or 0 for e in there], **look)
-                for e in filter(lambda e: e["hollow"], there):
-                    axes.plot(e["n"] * side, e[what], marker, color=colour, mfc="white", zorder=5)
+        side = 1 + 0.03 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
+        x = [row["n"] * side for row in rows if row["arm"] == arm]
+        y = [100 * row["accuracy"] for row in rows if row["arm"] == arm]
+        left.scatter(x, y, s=9, color=arm_look(arm)["color"], alpha=0.5, linewidths=0)
+        entries = [entry for entry in table if entry["arm"] == arm]
+        draw_arm(left, arm, entries, "accuracy", side)
+        draw_arm(right, arm, [entry for entry in entries if "gain" in entry], "gain", side)
     right.axhline(0, color="black", lw=0.8)
-    what = "labelled images" if args.vae_data == "all" else "real images"
-    vae.tidy(left, f"How accurate? ({facts['name']})", what, f"{args.score} accuracy, %")
-    vae.tidy(right, "How much better than real images alone?", what, "paired difference, points")
-    sizes = sorted({e["n"] for e in table})
+    all_seen = recipe["vae_data"] == "all"
+    images = "labelled images" if all_seen else "real images"
+    common.tidy(left, f"How accurate? ({grid.data.name})", images,
+                f"{recipe['score']} accuracy, %")
+    common.tidy(right, "How much better than real images alone?", images,
+                "paired difference, points")
+    sizes = sorted({entry["n"] for entry in table})
     for axes in (left, right):
         axes.set_xscale("log", subs=[])
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
-    left.set_ylim(*np.clip(left.get_ylim(), 0, 100))     # no bar goes beyond
+    left.set_ylim(*np.clip(left.get_ylim(), 0, 100))    # no bar goes beyond
     left.legend(frameon=False, fontsize=9, loc="lower right")
-    left.figure.supxlabel("; ".join([
-        f"{max(e['subsets'] for e in table)} subsets, each a dot", "bars: 95% t intervals",
-        *["hollow: over half of the pool, no interval"] * any(e["hollow"] for e in table),
-        *["the VAE saw all images"] * (args.vae_data == "all")]), fontsize=8, color="0.35")
+    left.figure.supxlabel(caption(table, all_seen), fontsize=8, color="0.35")
 
-def summary(table, rows, facts, args):
-    """The run on one sheet: the map, the hybrids, the curves; None where the chain has not run."""
+
+def arm_look(arm) -> dict:
+    """One look an arm, whichever are compared."""
+    place = list(ARMS).index(arm)
+    return dict(color=common.COLOURS[place % 10], marker=common.MARKERS[place % 10],
+                ls=("-", "--", ":", "-.")[place % 4], lw=2.5 if arm == "real+hybrid" else 1.3)
+
+
+def draw_arm(axes, arm, entries, what, side):
+    """One curve with its intervals; hollow where there are none."""
+    if not entries:
+        return
+    x = [entry["n"] * side for entry in entries]
+    y = [entry[what] for entry in entries]
+    halves = [entry[f"{what}_half"] or 0 for entry in entries]
+    look = arm_look(arm)
+    axes.errorbar(x, y, halves, ms=6, label=arm, capsize=3, **look)
+    for entry in entries:
+        if entry["hollow"]:
+            axes.plot(entry["n"] * side, entry[what], look["marker"], color=look["color"],
+                      mfc="white", zorder=5)
+
+
+def caption(table, all_seen) -> str:
+    """What dots, bars and hollow marks are."""
+    subsets = max(entry["subsets"] for entry in table)
+    parts = [f"{subsets} subsets, each a dot", "bars: 95% t intervals"]
+    if any(entry["hollow"] for entry in table):
+        parts.append("hollow: over half of the pool, no interval")
+    if all_seen:
+        parts.append("the VAE saw all images")
+    return "; ".join(parts)
+
+
+def summary(run, table, rows, grid: Grid):
+    """The run on one sheet: map, hybrids, curves; None where the chain has not run."""
+    facts = grid.data.facts()
     try:
-        codes, made = (common.load(args, kind) for kind in ("latent", "hybrids"))
-        common.need(codes["dataset"]["fingerprint"] == facts["fingerprint"], "other images")
+        codes = common.load(run, "latent")
+        made = common.load(run, "hybrids")
     except common.Mistake:
         return None
-    sheet = vae.figure(16, 11)
+    if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
+        return None                     # of other images
+    sheet = common.figure(16, 11)
     top, bottom = sheet.subfigures(2, 1, height_ratios=[1.15, 1])
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.25])
-    shown = latent.Aggregate(**codes["calibrated"]["aggregate"])
-    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"], shown,
-                    torch.Generator().manual_seed(args.seed))
-    hybrids.gallery(right, made["images"], made["q"], facts["classes"], 3, 6)
-    curves(*bottom.subplots(1, 2), table, rows, facts, args)
     sheet.suptitle("Do hybrid images help?  " + "\n".join(answers(table)), fontsize=12,
                    fontweight="bold")
+    hybrids.gallery(right, made["images"], made["q"], facts["classes"], 3, 6)
+    curves(*bottom.subplots(1, 2), table, rows, grid)
+    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"],
+                    latent.Aggregate(**codes["calibrated"]["aggregate"]),
+                    torch.Generator().manual_seed(run.seed))
     return sheet
 
-def report(table):
-    """The closing table, and the answer in words."""
-    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
-    for e in table:
-        gain = (e["gain"], e["gain_half"]) if "gain" in e else None
-        print(f"{e['n']:6,}  {e['arm']:22}{pm(e['accuracy'], e['accuracy_half']):>14}"
-              f"{e['nll']:8.3f}{e['ece']:7.3f}"
-              + (f"{pm(*gain, '+'):>16}  {verdict(*gain)}" if gain else ""))
-    print(*answers(table), sep="\n")
 
-def command(args):
-    cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
-    device, amp = common.start(args)
-    known = not args.dataset and (args.out / "vae.pt").exists()
-    data = common.load_dataset(args, device, common.load(args, "vae") if known else None)
-    pool, _ = common.split(data)
-    sizes = sorted({n for n in args.sizes if n <= len(pool)})
-    common.need(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to train on")
-    if max(args.sizes) > len(pool):
-        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
-    facts = data.facts(args)
-    args.vae_steps = args.vae_steps or {"subset": 600, "all": 3000}[args.vae_data]
-    recipe = {"format": common.FORMAT, "data": facts["fingerprint"], "amp": amp, **{
-        key: vars(args)[key] for key in
-        ("score", "vae_data", "latent_dim", "vae_steps", "width", "weight_decay")}}
-    (folder := args.out / "cells").mkdir(exist_ok=True)
-    arms = [arm for arm in ARMS if arm in args.arms]     # one order, whatever was typed
-    seeds = range(args.seed, args.seed + args.seeds)
-    recipes = {n: {**recipe, "steps": args.steps or (2 if facts["shape"][0] == 3 else 1) * next(
-        (steps for size, steps in STEPS.items() if n <= size), 2400)} for n in sizes}
-    def found(n, seed):
-        return list(filter(None, (cell(folder, n, seed, arm, recipes[n])[1] for arm in arms)))
-    # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
-    units = list(itertools.product(sizes[::-1], seeds))[common.RANK::common.RANKS]
-    units = [unit for unit in units if len(found(*unit)) < len(arms)]
-    failed = [f"n={n} subset {seed}: not finished" for n, seed in units if args.gather]
-    units = [] if args.gather else units
-    jobs = args.jobs or (cores // (args.threads or 1) if device.type == "cpu" else 1)
-    torch.set_num_threads(args.threads or 1)    # everywhere: jobs must not change a result
-    images = data.images[pool.to(device)] if args.vae_data == "all" and units else None
-    shared = {} if images is None else {"model": train_vae(images, 0, recipe), "unlabelled": [
-        images[latent.subsample(len(images), UNLABELLED)]]}
-    work = functools.partial(run_cells, data=data, arms=arms, recipes=recipes, folder=folder,
-                             shared=shared)
-    failed += run_grid(units, work, min(jobs, len(units)), args.threads or 1,
-                       vae.Progress(len(units), "subsets", args.quiet))
-    if common.RANKS > 1:
-        return print(f"rank {common.RANK} has finished; then: python compare.py with the same "
-                     f"flags and --gather --{'' if amp else 'no-'}amp", *failed, sep="\n")
-    rows = [row for n in sizes for seed in seeds for row in found(n, seed)]
-    print(*(f"failed: {reason}\n" for reason in failed), sep="", end="", file=sys.stderr)
-    common.need(rows, "there is no finished cell")
-    table = summarise(rows, len(pool))
-    common.write(args.out / "compare.csv", "".join(
-        ",".join(map(str, line)) + "\n" for line in [rows[0], *(row.values() for row in rows)]))
-    fig, sheet = vae.figure(13, 5.6), summary(table, rows, facts, args)
-    curves(*fig.subplots(1, 2), table, rows, facts, args)
-    pictures = {"summary.png": sheet, "compare.png": fig} if sheet else {"compare.png": fig}
-    (args.out / "summary.png").unlink(missing_ok=True)
-    for name, picture in pictures.items():
-        common.write(args.out / name, picture)
-    common.write(args.out / "compare.json", {
-        "kind": "compare", "format": common.FORMAT, "dataset": facts, "recipes": recipes,
-        "settings": common.settings(args), "failed": failed, "summary": table, "rows": rows,
-        "hybrids_against": {base: [e for e in summarise(rows, len(pool), base) if "gain" in e and
-                                   "hybrid" in e["arm"]] for base in ARMS if "hybrid" not in base},
+def report(table):
+    """The closing table."""
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
+    for entry in table:
+        accuracy = plus_minus(entry["accuracy"], entry["accuracy_half"])
+        line = f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}{entry['nll']:8.3f}" \
+               f"{entry['ece']:7.3f}"
+        if "gain" in entry:
+            gain = plus_minus(entry["gain"], entry["gain_half"], "+")
+            line += f"{gain:>16}  {verdict(entry['gain'], entry['gain_half'])}"
+        print(line)
+
+
+def as_csv(rows) -> str:
+    """A line a cell, the names of the columns first."""
+    lines = [",".join(rows[0])]
+    for row in rows:
+        lines.append(",".join(str(value) for value in row.values()))
+    return "\n".join(lines) + "\n"
+
+
+def publish(run, grid: Grid, failed):
+    """Tables and pictures of the finished cells."""
+    rows = grid.rows()
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
+    common.require(rows, "there is no finished cell")
+    table = summarise(rows, len(grid.pool))
+    common.write(run.out / "compare.csv", as_csv(rows))
+    fig = common.figure(13, 5.6)
+    curves(*fig.subplots(1, 2), table, rows, grid)
+    sheet = summary(run, table, rows, grid)
+    (run.out / "summary.png").unlink(missing_ok=True)   # an old one is of other cells
+    if sheet:
+        common.write(run.out / "summary.png", sheet)
+    common.write(run.out / "compare.png", fig)
+
+    against = {}                        # hybrid arms against each that is not
+    for base in ARMS:
+        if "hybrid" not in base:
+            entries = summarise(rows, len(grid.pool), base)
+            against[base] = [entry for entry in entries
+                             if "gain" in entry and "hybrid" in entry["arm"]]
+    common.write(run.out / "compare.json", {
+        "kind": "compare", "format": common.FORMAT, "dataset": grid.data.facts(),
+        "recipes": grid.recipes, "settings": run.settings, "failed": failed, "summary": table,
+        "rows": rows, "hybrids_against": against,
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
+
     report(table)
-    print(*(args.out / name for name in [*pictures, "compare.csv", "compare.json"]), sep="\n")
-    common.need(not failed, f"{len(failed)} subsets are incomplete; run it again")
+    print(run.out / "compare.csv", run.out / "compare.json", sep="\n")
+    steps = ("vae", "latent", "hybrids", "cnn", "compare", "summary")
+    pictures = [name for name in steps if (run.out / f"{name}.png").exists()]
+    print(f"pictures in {run.out}:", *(f"{name}.png" for name in pictures))
+    print(*answers(table), sep="\n")
+    common.require(not failed, f"{len(failed)} subsets are incomplete; run it again")
+
+
+def command(run, args):
+    grid = plan(run, args)
+    if args.gather:
+        failed = [f"n={n} subset {seed}: not finished" for n, seed in grid.units()
+                  if grid.missing((n, seed))]
+    else:
+        failed = train_missing(run, args, grid)
+    if common.RANKS > 1:
+        amp = "--amp" if run.amp else "--no-amp"
+        print(f"rank {common.RANK} has finished; then: python compare.py with the same flags "
+              f"and --gather {amp}", *failed, sep="\n")
+        return
+    publish(run, grid, failed)
+
 
 def main(argv=None) -> int:
-    return common.guard(command, parse_args(argv))
+    return common.run_script(command, parse_args(argv))
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

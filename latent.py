@@ -1,13 +1,15 @@
 """Class percentages of any point of the latent space: "20% cat + 80% dog".
 
-    python latent.py                                   # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
+    python latent.py                              # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
     python latent.py -o runs/mnist --image seven.png   # the percentages of a picture
     python latent.py -o runs/mnist --point=-0.3,1.2,...      # of a latent point, D numbers
 
 Reads:  vae.pt and its data set.
 Writes: latent.pt latent.json latent.png.
 """
+import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,21 @@ import torch.nn.functional as F
 # Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,); q (M,K).
 LOG_2PI = math.log(2 * math.pi)
 
+
 class Posterior:
     """q(c|z) ~ pi_c (p(z|c) + b)^(1/T): Bayes' rule with a floor b and a temperature T.
 
     Far from every cluster p(z|c) sinks below b, and q becomes the class priors, not a false
     certainty. Subclasses give log p(z|c); all work is in log space.
     """
+
     def __init__(self, prior, log_floor=-math.inf, temperature=1.0):
-        self.prior, self.log_floor, self.temperature = prior, log_floor, temperature
+        self.prior = prior                              # (K,)
+        self.log_floor = log_floor
+        self.temperature = temperature
 
     def __call__(self, z, logvar=None):
-        """q (M,K) of points z (M,D); of images, when their encoder's logvar (M,D) is given too."""
+        """q (M,K) of points z (M,D); of images, if their encoder's logvar (M,D) is given."""
         return self.weigh(self.log_density(z, logvar))
 
     def weigh(self, log_density):
@@ -37,79 +43,111 @@ class Posterior:
         return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
 
     def set_floor(self, log_density, quantile=0.001):
-        """b = a low quantile of the codes' own densities, one for all classes -> self."""
+        """b = a low quantile of the codes' own densities, one for all classes."""
         marginal = (log_density + self.prior.log()).logsumexp(1)
-        finite = marginal[marginal.isfinite()]
+        finite = marginal[marginal.isfinite()]        # a code alone in its class has density 0
         self.log_floor = float(finite.quantile(quantile)) if len(finite) else -math.inf
-        return self
+
 
 class Aggregate(Posterior):
     """p(z|c) = mean over codes i of class c of N(z; mu_i, diag(sigma_i^2 + h_c^2)).
 
-    The aggregate posterior of a class (Makhzani et al. 2015), widened by a bandwidth h_cd =
-    a s_d n_c^(-1/(D+4)) (Scott 1992): the encoder's own width is overconfident on unseen codes.
+    The aggregate posterior of a class (Makhzani et al. 2015), widened by a bandwidth
+    h_cd = a s_d n_c^(-1/(D+4)) (Scott 1992): the encoder's own width is overconfident on
+    unseen codes.
     """
+
     def __init__(self, mu, variance, counts, prior, log_floor=-math.inf, temperature=1.0):
         super().__init__(prior, log_floor, temperature)
-        self.mu, self.variance, self.counts = mu, variance, counts     # sorted by class
+        self.mu = mu                                    # (N,D), sorted by class
+        self.variance = variance                        # (N,D)
+        self.counts = counts                            # K numbers of codes
 
     @classmethod
     def fit(cls, mu, logvar, y, classes, bandwidth=1.0):
         """From codes mu, logvar (N,D) and labels y (N,) in 0..classes-1."""
         order = y.argsort(stable=True)
         mu, logvar, y = mu[order], logvar[order], y[order]
-        counts, total = y.bincount(minlength=classes), (mu - mu.mean(0)).square().mean(0)
+        counts = y.bincount(minlength=classes)
+        total = (mu - mu.mean(0)).square().mean(0)
         within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
         # One pseudo-observation of the total variance, for classes of one image each.
         s = ((within + total) / (len(y) - len(y.unique()) + 1)).sqrt()
-        h = bandwidth * s * counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
+        shrink = counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
+        h = bandwidth * s * shrink                      # (K,D)
         posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
-        return posterior.set_floor(posterior.leave_one_out()[0])
+        log_density, _ = posterior.leave_one_out()
+        posterior.set_floor(log_density)
+        return posterior
 
-    def log_density(self, z, logvar=None, own=None):
-        """log p(z|c) (M,K). `own` (M,): the code that each point is, left out of the mean."""
-        step, columns, start = max(1, 2 ** 24 // len(self.mu)), [], 0
-        if len(z) > step:                               # so many pairs of point and code at once
-            return torch.cat([self.log_density(*(v if v is None else v[i:i + step]
-                                                 for v in (z, logvar, own)))
-                              for i in range(0, len(z), step)])
+    def log_density(self, z, logvar=None, without=None):
+        """log p(z|c) (M,K). `without` (M,): the code that each point is, to be left out."""
+        parts = []
+        size = max(1, 2**24 // len(self.mu))            # 2^24 pairs of point and code at once
+        for rows in torch.arange(len(z), device=z.device).split(size):
+            own = None if logvar is None else logvar[rows].exp()
+            left_out = None if without is None else without[rows]
+            parts.append(self.class_columns(z[rows], own, left_out))
+        return torch.cat(parts)
+
+    def class_columns(self, z, own, left_out):
+        """log p(z|c) (M,K) of a few points; `own` (M,D): their variances, if of images."""
+        columns = []
+        start = 0
         for count in self.counts:
-            mu, variance = self.mu[start:start + count], self.variance[start:start + count]
-            terms = log_normal(z, mu, variance) if logvar is None else \
-                log_normal_images(z, logvar.exp(), mu, variance)
+            mu = self.mu[start:start + count]
+            variance = self.variance[start:start + count]
+            if own is None:
+                terms = log_normal(z, mu, variance)     # (M,count)
+            else:
+                terms = log_normal_images(z, own, mu, variance)
             size = torch.full_like(z[:, 0], count)
-            if own is not None:
-                rows = ((own >= start) & (own < start + count)).nonzero()[:, 0]
-                terms[rows, own[rows] - start] = -math.inf
+            if left_out is not None:
+                inside = (left_out >= start) & (left_out < start + count)
+                rows = inside.nonzero()[:, 0]
+                terms[rows, left_out[rows] - start] = -math.inf
                 size[rows] -= 1
             columns.append(terms.logsumexp(1) - size.clamp(min=1).log())   # -inf without codes
             start += count
         return torch.stack(columns, 1)
 
     def leave_one_out(self, limit=2000):
-        """log p(z_i|c) (M,K), labels (M,) of at most `limit` of the codes, each without itself."""
-        own = subsample(len(self.mu), limit).to(self.mu.device)
+        """log p(z_i|c) (M,K), labels (M,) of at most `limit` codes, each without itself."""
+        rows = subsample(len(self.mu), limit).to(self.mu.device)
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return self.log_density(self.mu[own], own=own), y.to(own.device)[own]
+        return self.log_density(self.mu[rows], without=rows), y.to(rows.device)[rows]
+
 
 class Gaussian(Posterior):
     """p(z|c) = N(z; m_c, S_c), covariances shrunk towards the pooled one (Friedman 1989)."""
+
     def __init__(self, mean, covariance, prior, log_floor=-math.inf, temperature=1.0):
         super().__init__(prior, log_floor, temperature)
-        self.mean, self.covariance = mean, covariance
+        self.mean = mean                                # (K,D)
+        self.covariance = covariance                    # (K,D,D)
 
     @classmethod
     def fit(cls, mu, logvar, y, classes, shrinkage=0.1, ridge=0.01):
-        """From codes mu, logvar (N,D) and labels y (N,): moments of the aggregate posterior."""
-        counts, mean = y.bincount(minlength=classes), class_means(mu, y, classes)
-        centred, width, eye = mu - mean[y], logvar.exp(), torch.eye(mu.shape[1], device=mu.device)
-        scatter = torch.stack([centred[y == c].T @ centred[y == c] + width[y == c].sum(0).diag()
-                               for c in range(classes)])
+        """From codes mu, logvar (N,D), labels y (N,): moments of the aggregate posterior."""
+        counts = y.bincount(minlength=classes)
+        mean = class_means(mu, y, classes)
+        centred = mu - mean[y]
+        width = logvar.exp()
+        scatters = []
+        for c in range(classes):
+            between = centred[y == c].T @ centred[y == c]
+            scatters.append(between + width[y == c].sum(0).diag())
+        scatter = torch.stack(scatters)
         mixed = (1 - shrinkage) * scatter + shrinkage * scatter.sum(0)
-        mixed /= ((1 - shrinkage) * counts + shrinkage * len(y)).clamp(min=1e-6)[:, None, None]
+        weight = (1 - shrinkage) * counts + shrinkage * len(y)
+        mixed /= weight.clamp(min=1e-6)[:, None, None]
+        # The ridge keeps the covariance of few codes, or of unused dimensions, invertible.
         trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        posterior = cls(mean, (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye, counts / len(y))
-        return posterior.set_floor(posterior.log_density(mu[subsample(len(mu), 2000)]))
+        eye = torch.eye(mu.shape[1], device=mu.device)
+        covariance = (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye
+        posterior = cls(mean, covariance, counts / len(y))
+        posterior.set_floor(posterior.log_density(mu[subsample(len(mu), 2000)]))
+        return posterior
 
     def log_density(self, z, logvar=None):
         """log p(z|c) (M,K); with logvar (M,D) integrated over each image's own width."""
@@ -117,12 +155,27 @@ class Gaussian(Posterior):
             normal = torch.distributions.MultivariateNormal(self.mean, self.covariance)
             return normal.log_prob(z[:, None])
         parts = []
-        step = max(1, 2 ** 23 // self.covariance.numel())             # (step,K,D,D) at once
+        step = max(1, 2**23 // self.covariance.numel())         # (step,K,D,D) at once
         for point, own in zip(z.split(step), logvar.exp().split(step)):
-            normal = torch.distributions.MultivariateNormal(
-                self.mean, self.covariance + own.diag_embed()[:, None])
+            covariance = self.covariance + own.diag_embed()[:, None]
+            normal = torch.distributions.MultivariateNormal(self.mean, covariance)
             parts.append(normal.log_prob(point[:, None]))
         return torch.cat(parts)
+
+
+class Codes(NamedTuple):
+    """What a latent space knows of its images: where each lies, its class, the percentages."""
+    mu: torch.Tensor                    # (N,D)
+    logvar: torch.Tensor                # (N,D)
+    y: torch.Tensor                     # (N,)
+    posterior: Posterior                # of points, as `teach` makes it
+
+    @classmethod
+    def restore(cls, saved: dict):
+        """The codes of a loaded latent.pt."""
+        posterior = Aggregate(**saved["teaching"])
+        return cls(saved["mu"], saved["logvar"], saved["labels"], posterior)
+
 
 def teach(mu, logvar, y, classes, bandwidth=1.0):
     """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
@@ -131,53 +184,34 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
     log_density, own = posterior.leave_one_out()
-    right = posterior.set_floor(log_density, 0.01).weigh(log_density).argmax(1) == own
-    accuracy, guess = right.float().mean().item(), posterior.prior.max().item()
-    posterior.temperature = 1 / max((accuracy - guess) / max(1 - guess, 1e-6), 0.03)
+    posterior.set_floor(log_density, 0.01)
+    right = posterior.weigh(log_density).argmax(1) == own
+    accuracy = right.float().mean().item()
+    guess = posterior.prior.max().item()
+    skill = (accuracy - guess) / max(1 - guess, 1e-6)
+    posterior.temperature = 1 / max(skill, 0.03)        # T is at most 33: nearly the priors
     return posterior
+
 
 def class_means(mu, y, classes):
     """(K,D); zeros for a class without codes."""
     one_hot = F.one_hot(y, classes).to(mu)
     return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
 
-def spread_labels(mu, y, classes, neighbours=10, alpha=0.99, rounds=100):
-    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives.
-
-    Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 (V+V^T) D^-1/2,
-    V_ij = exp(-(d_ij / d_i,10)^2) to the ten nearest. None arrives anywhere, if labels mislead:
-    both halves of y, together, have to predict most of each other, where both hold the class.
-    """
-    parts = [torch.cdist(some, mu).topk(min(neighbours + 1, len(mu)), largest=False)
-             for some in mu.split(max(1, 2 ** 24 // len(mu)))]   # the nearest is the code itself
-    far, near = (torch.cat(part)[:, 1:].cpu() for part in zip(*parts))
-    weight = (-(far / far[:, -1:].clamp(min=1e-12)).square()).exp()
-    pairs = torch.stack([torch.arange(len(mu)).repeat_interleave(near.shape[1]), near.flatten()])
-    w = torch.sparse_coo_tensor(pairs, weight.flatten(), [len(mu)] * 2, check_invariants=False)
-    w = (w + w.T).coalesce()
-    scale = (w @ torch.ones(len(mu), 1)).clamp(min=1e-12).rsqrt()
-
-    def spread_from(rows):
-        f = start = torch.zeros(len(mu), classes)
-        start[rows, own[rows]] = 1 - alpha
-        for _ in range(rounds):
-            f = alpha * scale * (w @ (scale * f)) + start
-        return f.argmax(1).where(f.amax(1) > 0, -1)
-    own, order, right = y.cpu(), y.cpu().argsort(stable=True), []    # every other: half a class
-    for one, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        right.append((spread_from(one)[other] == own[other])[torch.isin(own[other], own[one])])
-    sure = torch.cat(right).float().mean() > 0.5 + 0.5 / classes
-    return torch.cat([own, spread_from(order)[len(y):].where(sure, -1)]).to(y.device)
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
-    centre = mu.mean(0) if len(mu) else 0               # smaller numbers cancel less
-    z, mu, precision = z - centre, mu - centre, 1 / variance
+    if len(mu):                         # smaller numbers cancel less
+        centre = mu.mean(0)
+        z, mu = z - centre, mu - centre
+    precision = 1 / variance
     square = (z * z) @ precision.T - 2 * z @ (mu * precision).T + (mu * mu * precision).sum(1)
-    return -0.5 * (square.clamp_(min=0) + variance.log().sum(1) + z.shape[1] * LOG_2PI)
+    log_volume = variance.log().sum(1)
+    return -0.5 * (square.clamp_(min=0) + log_volume + z.shape[1] * LOG_2PI)
+
 
 def log_normal_images(z, own, mu, variance):
-    """log N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over image m's own posterior.
+    """log N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over q(z|x_m).
 
     One dimension at a time keeps the memory at (M,N); eight variances share one logarithm.
     """
@@ -187,67 +221,111 @@ def log_normal_images(z, own, mu, variance):
         spread = own[:, d, None] + variance[None, :, d]
         total.addcdiv_((z[:, d, None] - mu[None, :, d]).square_(), spread)
         product *= spread
-        if d % 8 == 7 or d == z.shape[1] - 1:
+        if d % 8 == 7 or d == z.shape[1] - 1:       # before the product leaves float32's range
             total += product.log_()
             product.fill_(1)
     return total.mul_(-0.5)
 
+
 def best_temperature(posterior, log_density, y):
     """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
-    def nll(t):
-        log_q = (posterior.prior.log() + posterior.floored(log_density) / t).log_softmax(1)
-        return F.nll_loss(log_q.clamp(min=-30), y).item()
-    return min((nll(t), t) for t in torch.logspace(-2, 6, 65, base=2).tolist())[::-1]
+    floored = posterior.floored(log_density)
+    best = (math.inf, 1.0)
+    for temperature in torch.logspace(-2, 6, 65, base=2).tolist():
+        log_q = (posterior.prior.log() + floored / temperature).log_softmax(1)
+        nll = F.nll_loss(log_q.clamp(min=-30), y).item()
+        best = min(best, (nll, temperature))
+    nll, temperature = best
+    return temperature, nll
+
 
 def calibrate(fit, choices, mu, logvar, y, limit=500):
-    """fit(choice), choice: of smallest NLL on held-out codes mu, logvar (V,D), y (V,), as is T."""
-    few, tried = subsample(len(y), limit), []
+    """The fit(choice) of least NLL on validation codes mu, logvar (V,D), y (V,); the choice.
+
+    Its temperature is chosen by the same NLL.
+    """
+    some = subsample(len(y), limit)     # the choice is coarse: a few images settle it
+    tried = []
     for choice in choices:
         posterior = fit(choice)
-        found = posterior.log_density(mu[few], logvar[few])
-        tried.append((best_temperature(posterior, found, y[few])[1], choice))
-    posterior = fit(min(tried)[1])
-    posterior.temperature, _ = best_temperature(posterior, posterior.log_density(mu, logvar), y)
-    return posterior, min(tried)[1]
+        log_density = posterior.log_density(mu[some], logvar[some])
+        _, nll = best_temperature(posterior, log_density, y[some])
+        tried.append((nll, choice))
+    _, choice = min(tried)
+    posterior = fit(choice)
+    log_density = posterior.log_density(mu, logvar)
+    posterior.temperature, _ = best_temperature(posterior, log_density, y)
+    return posterior, choice
+
 
 def subsample(n, most):
     """At most `most` of the rows 0..n-1, at random but always the same ones, in order."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort()[0]
 
-def scores(q, y, bins=15) -> dict:
-    """Accuracy, balanced accuracy, NLL (nats), Brier score and ECE of q (N,K) for labels y (N,)."""
-    right = (q.argmax(1) == y).float()
-    recall = torch.stack([right[y == c].mean() for c in y.unique()])
-    likely = q[torch.arange(len(y), device=q.device), y]
-    brier = (q.square().sum(1) - 2 * likely + 1).mean()
-    return {"accuracy": right.mean().item(), "balanced_accuracy": recall.mean().item(),
-            "nll": -likely.clamp(min=1e-12).log().mean().item(), "brier": brier.item(),
-            "ece": ece(q.amax(1), right, bins)}
 
-def ece(confidence, right, bins=15) -> float:
-    """Mean gap of confidence and accuracy (Guo et al. 2017), over bins of equal mass."""
-    level, row = confidence.unique(return_inverse=True)     # ties share their mean gap: no order
-    mean = torch.zeros_like(level).scatter_reduce(0, row, confidence - right, "mean",
-                                                  include_self=False)
-    gap = mean[row.sort()[0]]
-    return sum(part.sum().abs().item() for part in gap.tensor_split(bins)) / len(gap)
+def neighbour_graph(mu, neighbours=10):
+    """Sparse weights V + V^T (N,N) of codes mu (N,D) and their nearest ones.
 
-def ece_interval(q, y, draws=200, seed=0):
-    """95% bootstrap interval of the ECE."""
-    confidence, right = q.amax(1).cpu(), (q.argmax(1) == y).float().cpu()
-    picks = torch.randint(len(y), (draws, len(y)), generator=torch.Generator().manual_seed(seed))
-    values = torch.tensor([ece(confidence[p], right[p]) for p in picks])
-    return values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    V_ij = exp(-(d_ij / d_ik)^2), d_ik the distance from i to its last neighbour.
+    """
+    n = len(mu)
+    k = min(neighbours + 1, n)          # the nearest is the code itself
+    found = [torch.cdist(some, mu).topk(k, largest=False)
+             for some in mu.split(max(1, 2**24 // n))]
+    distance = torch.cat([part.values[:, 1:] for part in found]).cpu()
+    nearest = torch.cat([part.indices[:, 1:] for part in found]).cpu()
+    scale = distance[:, -1:].clamp(min=1e-12)
+    weight = (-(distance / scale).square()).exp()
+    rows = torch.arange(n).repeat_interleave(k - 1)
+    pairs = torch.stack([rows, nearest.flatten()])
+    graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (n, n), check_invariants=False)
+    return (graph + graph.T).coalesce()
 
-def reliability(q, y, low=0.05, high=0.95, bins=10, least=30):
-    """A row a bin of the (image, class) pairs with low < q < high, if it has `least` pairs."""
-    hit = F.one_hot(y, q.shape[1]).bool()
-    inside = (q > low) & (q < high)
-    stated, hit = q[inside], hit[inside].float()
-    index = ((stated - low) / (high - low) * bins).long().clamp(0, bins - 1)
-    return [{"stated": stated[index == b].mean().item(), "observed": hit[index == b].mean().item(),
-             "pairs": int((index == b).sum())}
-            for b in range(bins) if int((index == b).sum()) >= least]
+
+def spread(graph, rows, labels, classes, alpha=0.99, rounds=100):
+    """Labels (N,) from those of a few rows, along a graph (N,N); -1 where none arrives.
+
+    Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 W D^-1/2.
+    """
+    degree = graph @ torch.ones(len(graph), 1)
+    scale = degree.clamp(min=1e-12).rsqrt()
+    given = torch.zeros(len(graph), classes)
+    given[rows, labels] = 1 - alpha
+    belief = given
+    for _ in range(rounds):
+        belief = alpha * scale * (graph @ (scale * belief)) + given
+    return belief.argmax(1).where(belief.amax(1) > 0, -1)
+
+
+def labels_agree(graph, y, classes, alpha=0.99) -> bool:
+    """Do the labels y (n,) of the first n codes predict each other along the graph?
+
+    Both halves, together, have to be right about most of each other, chance discounted; only
+    labels of a class that both halves hold can be right.
+    """
+    order = y.argsort(stable=True)
+    halves = (order[::2], order[1::2])                  # every other one: half of each class
+    right = []
+    for known, asked in (halves, halves[::-1]):
+        guess = spread(graph, known, y[known], classes, alpha)
+        can_be_right = torch.isin(y[asked], y[known])
+        right.append((guess[asked] == y[asked])[can_be_right])
+    return bool(torch.cat(right).float().mean() > 0.5 + 0.5 / classes)
+
+
+def spread_labels(mu, y, classes, neighbours=10, alpha=0.99):
+    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives.
+
+    None arrives anywhere, if the labels do not predict each other: they would mislead.
+    """
+    graph = neighbour_graph(mu, neighbours)
+    given = y.cpu()
+    rows = given.argsort(stable=True)
+    found = spread(graph, rows, given[rows], classes, alpha)[len(y):]
+    if not labels_agree(graph, given, classes, alpha):
+        found = torch.full_like(found, -1)
+    return torch.cat([given, found]).to(y.device)
+
 
 def words(q, classes, most=2) -> str:
     """Probabilities (K,) in words: the likeliest classes, the likeliest last.
@@ -256,140 +334,246 @@ def words(q, classes, most=2) -> str:
     '20% cat + 80% dog'
     """
     q = [float(p) for p in q]
-    top = sorted(range(len(q)), key=q.__getitem__)[-most:]
-    return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in top if q[c] >= 0.005)
+    order = sorted(range(len(q)), key=q.__getitem__)
+    shown = [c for c in order[-most:] if q[c] >= 0.005]         # below, it would read 0%
+    return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in shown)
 
-def ranking(q, classes) -> str:
-    """All percentages, a line a class, the likeliest first."""
-    return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True))
 
-# ---- command ---------------------------------------------------------------------------------
+# ---- command --------------------------------------------------------------------------------
+
 def parse_args(argv=None):
-    import common
-    parser = common.flags("latent.py", __doc__)
+    from common import flags, number
+    parser = flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
-    add("--codes", type=common.number(int, 2), default=20_000, help="of the density, at most")
-    add("--image", metavar="FILE", help="print the percentages of this picture")
-    add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point")
-    return parser.parse_args(argv)
+    add("--codes", type=number(int, 2), default=20_000,
+        help="highest number of codes that the density is made of")
+    add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
+    add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point, and stop")
+    args = parser.parse_args(argv)
+    args.writes = not (args.image or args.point)
+    return args
 
-def draw_map(axes, mu, y, classes, posterior, generator):
-    """Codes in two dimensions, an ellipse a class, random points X with their percentages."""
-    from matplotlib.patches import Ellipse
-    from vae import COLOURS, MARKERS, tidy
-    mean, directions, taken = mu.mean(0), torch.eye(mu.shape[1], 2), []
-    if mu.shape[1] > 2:                 # PCA of the class means; two means alone span only a line
-        means = class_means(mu, y, len(classes))[y.unique()]
-        spanned = torch.cat([means - mean, 1e-3 * (mu - mean)[:1000]])
-        directions = torch.linalg.svd(spanned, full_matrices=False)[2][:2].T
-    xy = (mu - mean) @ directions
-    for c in y.unique().tolist():
-        own, colour = xy[y == c], COLOURS[c % 10]
-        axes.scatter(*own[:1500].T.numpy(), s=7, color=colour, alpha=0.35, linewidths=0,
-                     marker=MARKERS[c % 10])
-        taken.append(own.mean(0))
-        if len(own) > 2:
-            variance, turn = torch.linalg.eigh(own.T.double().cov())
-            small, large = (3 * variance.clamp(min=0).sqrt()).tolist()      # 1.5 deviations each
-            axes.add_patch(Ellipse(taken[-1].tolist(), large, small, fill=False, color=colour,
-                                   angle=math.degrees(math.atan2(turn[1, 1], turn[0, 1]))))
-        axes.annotate(classes[c], taken[-1].tolist(), ha="center", va="center", weight="bold",
-                      bbox=dict(boxstyle="round,pad=0.25", fc="white", ec=colour), zorder=9)
-    # Random points on lines between codes: the undecided ones, nine of them far apart.
+
+def plane_of(mu, y, classes):
+    """The mean (D,) and two directions (D,2) that show the classes apart: PCA of means."""
+    mean = mu.mean(0)
+    if mu.shape[1] <= 2:
+        return mean, torch.eye(mu.shape[1], 2)
+    means = class_means(mu, y, classes)[y.unique()]
+    # Two means alone span only a line: the codes themselves, much smaller, give the rest.
+    spanned = torch.cat([means - mean, 1e-3 * (mu - mean)[:1000]])
+    directions = torch.linalg.svd(spanned, full_matrices=False)[2][:2].T
+    return mean, directions
+
+
+def undecided_points(mu, posterior, generator, count=200):
+    """Points (count,D) on lines between codes, the least certain of a thousand."""
     i, j = torch.randint(len(mu), (2, 1000), generator=generator)
     z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))
-    z = z[posterior(z).amax(1).argsort()[:200]]
+    return z[posterior(z).amax(1).argsort()[:count]]
+
+
+def draw_map(axes, mu, y, classes, posterior, generator, crosses=7):
+    """Codes in two dimensions, an ellipse a class, random points X with their percentages.
+
+    To be drawn last of its figure: the labels are placed on the finished layout.
+    """
+    import common
+    from matplotlib.transforms import Bbox
+    common.tidy(axes, "Where do the classes live?", "first main direction",
+                "second main direction")
+    mean, directions = plane_of(mu, y, len(classes))
+    xy = (mu - mean) @ directions
+    centres = []
+    for c in y.unique().tolist():
+        centres.append(xy[y == c].mean(0))
+        draw_class(axes, xy[y == c], c)
+
+    z = undecided_points(mu, posterior, generator)
     flat = (z - mean) @ directions
-    for _ in range(9):
-        k = int(torch.cdist(flat, torch.stack(taken)).amin(1).argmax())
-        taken.append(flat[k])
-        axes.plot(*flat[k].tolist(), "x", color="black", ms=8, mew=2)
-        axes.annotate(words(posterior(z[k:k + 1])[0], classes), flat[k].tolist(),
-                      xytext=(0, -13), textcoords="offset points", ha="center", va="top", size=8,
-                      bbox=dict(boxstyle="round,pad=0.2", fc="white", ec="none", alpha=0.8))
-    tidy(axes, "Where do the classes live?", "first main direction", "second main direction")
+    points = []
+    texts = []
+    for _ in range(crosses):            # each as far as can be from the centres and the others
+        k = int(torch.cdist(flat, torch.stack(centres + points)).amin(1).argmax())
+        points.append(flat[k])
+        texts.append(words(posterior(z[k:k + 1])[0], classes))
+    points = torch.stack(points)
+    axes.plot(*points.T.numpy(), "x", color="black", ms=9, mew=2.2)
+
+    figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
+    figure.draw_without_rendering()     # settles the layout, and so the pixels
+    reach = 6 * figure.dpi / 72
+    boxes = [Bbox([point, point]).padded(reach) for point in axes.transData.transform(points)]
+    for c, centre in zip(y.unique().tolist(), centres):
+        write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36), size=11,
+                   weight="bold", zorder=9, edge=common.COLOURS[c % 10])
+    for text, point in zip(texts, points.tolist()):
+        write_near(axes, text, point, boxes, (15, 25, 38, 54), size=9.5, zorder=10)
+
+
+def draw_class(axes, xy, c):
+    """Points (N,2) of class c, and an ellipse of 1.5 standard deviations about their mean."""
+    import common
+    from matplotlib.patches import Ellipse
+    colour = common.COLOURS[c % 10]
+    axes.scatter(*xy[:1500].T.numpy(), s=9, color=colour, alpha=0.35, linewidths=0,
+                 marker=common.MARKERS[c % 10])
+    if len(xy) < 3:
+        return
+    variance, turn = torch.linalg.eigh(xy.T.double().cov())
+    height, width = (3 * variance.clamp(min=0).sqrt()).tolist()
+    angle = math.degrees(math.atan2(turn[1, 1], turn[0, 1]))
+    axes.add_patch(Ellipse(xy.mean(0).tolist(), width, height, angle=angle, fill=False,
+                           color=colour, lw=1.5))
+
+
+def write_near(axes, text, point, boxes, radii, edge="none", **look):
+    """Write a text near a point, where it covers least of the boxes (pixels); add its own."""
+    frame = dict(boxstyle="round,pad=0.2", fc="white", ec=edge, alpha=0.85)
+    leader = dict(arrowstyle="-", lw=0.8, shrinkA=0, shrinkB=4)
+    label = axes.annotate(text, point, (0, 0), textcoords="offset points", ha="center",
+                          va="center", bbox=frame, arrowprops=leader, **look)
+    label.set_in_layout(False)
+    places = []
+    for radius, turn in itertools.product(radii, range(16)):
+        angle = math.pi * (turn / 8 - 0.5)              # below the point first
+        # Texts are wider than high: an ellipse of places.
+        place = (2.2 * radius * math.cos(angle), radius * math.sin(angle))
+        label.set_position(place)
+        box = label.get_window_extent().padded(4)
+        cut_off = box.width * box.height - overlap(box, [axes.bbox])
+        places.append((overlap(box, boxes) + 1000 * cut_off + radius, place))
+    label.set_position(min(places)[1])
+    boxes.append(label.get_window_extent().padded(4))
+
+
+def overlap(box, others):
+    """The area, in pixels, that a box shares with others."""
+    from matplotlib.transforms import Bbox
+    shared = [Bbox.intersection(box, other) for other in others]
+    return sum(part.width * part.height for part in shared if part is not None)
+
 
 def draw_reliability(axes, metrics):
-    from vae import COLOURS, tidy
+    """Stated percentages against observed frequencies, one line a density."""
+    import common
     axes.plot([0, 1], [0, 1], color="black", lw=0.8)
     axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
-    names = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
-    for (name, style), colour in zip(names.items(), COLOURS):
+    styles = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
+    for (name, style), colour in zip(styles.items(), common.COLOURS):
         rows = metrics[name]["reliability"]
-        axes.plot([row["stated"] for row in rows], [row["observed"] for row in rows], style, ms=5,
-                  color=colour, label=name)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+        stated = [row["stated"] for row in rows]
+        observed = [row["observed"] for row in rows]
+        axes.plot(stated, observed, style, ms=5, color=colour, label=name)
+    axes.legend(frameon=False, loc="upper left")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    tidy(axes, "Does 30% mean 30%?", "stated percentage", "observed frequency on test images")
+    common.tidy(axes, "Does 30% mean 30%?", "stated percentage",
+                "observed frequency on test images")
 
-def answer(args):
+
+def answer(run, args):
+    """Print the percentages of a picture or of a point."""
     import common
-    from vae import encode_all, load_vae, read_like
-    saved = common.load(args, "latent")
-    dim, posterior = saved["mu"].shape[1], Aggregate(**saved["calibrated"]["aggregate"])
+    from vae import VAE, encode_all
+    saved = common.load(run, "latent")
+    posterior = Aggregate(**saved["calibrated"]["aggregate"])
     if args.point:
-        try:
-            z = torch.tensor([float(text) for text in args.point.split(",")])
-        except ValueError:
-            z = torch.tensor(math.nan)
-        common.need(z.shape == (dim,) and z.isfinite().all(),
-                    f"--point takes {dim} finite numbers with commas between, not {args.point}")
-        q = posterior(z[None])[0]
+        q = posterior(parse_point(args.point, saved["mu"].shape[1])[None])
     else:
-        image, how = read_like(args.image, saved["dataset"])
-        print(how)
-        q = posterior(*encode_all(load_vae(args)[0], image))[0]
-    print(ranking(q, saved["dataset"]["classes"]))
+        image, report = common.read_like(args.image, saved["dataset"])
+        print(report)
+        q = posterior(*encode_all(VAE.restore(common.load(run, "vae")), image))
+    print(common.ranking(q[0], saved["dataset"]["classes"]))
 
-def command(args):
+
+def parse_point(text: str, dim: int):
+    """D numbers with commas between -> (D,)."""
     import common
-    from vae import encode_all, figure, load_vae
-    device, amp = common.start(args)
-    if args.image or args.point:
-        return answer(args)
-    model, upstream = load_vae(args, device)
-    data = common.load_dataset(args, device, upstream)
-    rows, validation = upstream["rows"].to(device), common.split(data)[1]
-    y, y_test, classes = data.labels[rows], data.test_labels, len(data.classes)
-    held = validation[subsample(len(validation), 2000)].to(device)
-    codes, held_codes, test_codes = (encode_all(model, x, amp) for x in (
-        data.images[rows], data.images[held], data.test_images))
-    part = [v[subsample(len(rows), args.codes).to(device)] for v in (*codes, y)]
-    fits = {"aggregate": (lambda a: Aggregate.fit(*part, classes, a), (0.25, 0.5, 0.75, 1.0, 1.5)),
-            "gaussian": (lambda a: Gaussian.fit(*part, classes, a), (0.0, 0.1, 0.5, 1.0))}
+    try:
+        z = torch.tensor([float(word) for word in text.split(",")])
+    except ValueError:
+        z = torch.empty(0)
+    common.require(z.shape == (dim,) and z.isfinite().all(),
+                   f"--point takes {dim} finite numbers with commas between, not {text}")
+    return z
 
-    def judged(q):
-        return {**scores(q, y_test), "ece_interval": ece_interval(q, y_test),
-                "reliability": reliability(q, y_test)}
-    def stored(posterior):
-        return {k: v.cpu() if torch.is_tensor(v) else v for k, v in vars(posterior).items()}
-    calibrated, prior = {}, y.bincount(minlength=classes) / len(y)
-    metrics = {"class priors": judged(prior.expand(len(y_test), classes)),
-               "encoder's width": judged(Aggregate.fit(*part, classes, 0.0)(*test_codes))}
-    for name, (fit, choices) in fits.items():
-        posterior, choice = calibrate(fit, choices, *held_codes, data.labels[held])
-        metrics[name] = {**judged(posterior(*test_codes)), "choice": choice,
-                         "temperature": posterior.temperature}
+
+def stored(posterior) -> dict:
+    """A posterior as plain tensors and numbers: Aggregate(**stored(posterior)) equals it."""
+    fields = {}
+    for key, value in vars(posterior).items():
+        fields[key] = value.cpu() if torch.is_tensor(value) else value
+    return fields
+
+
+def worth(q, y) -> dict:
+    """What percentages q (N,K) of test images are worth."""
+    import common
+    return {**common.scores(q, y), "ece_interval": common.ece_interval(q, y),
+            "reliability": common.reliability(q, y)}
+
+
+def command(run, args):
+    import common
+    from vae import VAE, encode_all
+    if args.image or args.point:
+        return answer(run, args)
+    upstream = common.load(run, "vae", run.device)
+    model = VAE.restore(upstream, run.device)
+    data = common.load_dataset(run, upstream)
+    classes = len(data.classes)
+    rows = upstream["rows"].to(run.device)
+    y = data.labels[rows]
+    mu, logvar = encode_all(model, data.images[rows], run.amp)
+    _, validation = common.split(data)
+    validation = validation[subsample(len(validation), 2000)].to(run.device)
+    validation_codes = encode_all(model, data.images[validation], run.amp)
+    test_codes = encode_all(model, data.test_images, run.amp)
+
+    some = subsample(len(rows), args.codes).to(run.device)
+    part = (mu[some], logvar[some], y[some])
+
+    def aggregate(bandwidth):
+        return Aggregate.fit(*part, classes, bandwidth)
+
+    def gaussian(shrinkage):
+        return Gaussian.fit(*part, classes, shrinkage)
+
+    prior = y.bincount(minlength=classes) / len(y)
+    metrics = {"class priors": worth(prior.expand(len(data.test_labels), classes),
+                                      data.test_labels),
+               "encoder's width": worth(aggregate(0.0)(*test_codes), data.test_labels)}
+    calibrated = {}
+    for name, fit, choices in (("aggregate", aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),
+                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
+        posterior, choice = calibrate(fit, choices, *validation_codes, data.labels[validation])
         calibrated[name] = stored(posterior)
-    fig, shown = figure(14, 6.6), Aggregate(**calibrated["aggregate"])
+        metrics[name] = {**worth(posterior(*test_codes), data.test_labels), "choice": choice,
+                         "temperature": posterior.temperature}
+
+    fig = common.figure(11, 5.4)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
-    mu, logvar = (v.cpu() for v in codes)
-    draw_map(left, mu, y.cpu(), data.classes, shown, torch.Generator().manual_seed(args.seed))
     draw_reliability(right, metrics)
-    common.write(args.out / "latent.png", fig)
-    common.save(args.out / "latent.pt", args, data, metrics, [args.out / "vae.pt"], mu=mu,
-                logvar=logvar, labels=y.cpu(), calibrated=calibrated,
+    draw_map(left, mu.cpu(), y.cpu(), data.classes, Aggregate(**calibrated["aggregate"]),
+             torch.Generator().manual_seed(args.seed))
+    common.write(run.out / "latent.png", fig)
+    common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"], mu=mu.cpu(),
+                logvar=logvar.cpu(), labels=y.cpu(), calibrated=calibrated,
                 teaching=stored(teach(*part, classes)))
-    print(f"{len(data.test_images):,} test images, percentages fitted on {len(held):,} others")
+    print(f"{len(data.test_images):,} test images, percentages fitted on {len(validation):,} "
+          "others")
     print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
-    for name, m in metrics.items():
-        print(f"{name:15}{m['accuracy']:10.1%} {m['nll']:6.3f} {m['brier']:6.3f} {m['ece']:6.3f}  "
-              "{:.3f} to {:.3f}".format(*m["ece_interval"]))
-    print(args.out / "latent.png", args.out / "latent.pt", sep="\n")
+    line = "{accuracy:10.1%} {nll:6.3f} {brier:6.3f} {ece:6.3f}  {low:.3f} to {high:.3f}"
+    for name, scores in metrics.items():
+        low, high = scores["ece_interval"]
+        print(f"{name:15}" + line.format(low=low, high=high, **scores))
+    print(run.out / "latent.png", run.out / "latent.pt", sep="\n")
+
 
 def main(argv=None) -> int:
     import common
-    return common.guard(command, parse_args(argv))
+    return common.run_script(command, parse_args(argv))
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,0 +1,572 @@
+"""Write every table of the three pages from the result files beside this one.
+
+    python assets/evidence.py                # rewrite the tables of the pages in place
+    python assets/evidence.py --check        # write nothing; exit code 1 names what differs
+
+Reads:  assets/*.json.
+Writes: README.md assets/METHOD.md assets/EVIDENCE.md, between `<!-- table NAME -->` and
+        `<!-- end -->` and nowhere else.
+"""
+import argparse
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ASSETS = Path(__file__).resolve().parent
+ROOT = ASSETS.parent
+sys.path.insert(0, str(ROOT))           # compare.py stands one folder up
+
+import compare
+
+PAGES = ("README.md", "assets/METHOD.md", "assets/EVIDENCE.md")
+BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+TABLES = {}                             # name -> the function that writes this table
+
+# Every set with its sizes. The first three have their smallest and largest in a file of
+# their own, <stem>-far.json, as these came later and have fewer subsets.
+SETS = [
+    ("MNIST", "mnist", (50, 100, 300, 1000, 3000)),
+    ("Fashion-MNIST", "fashion-mnist", (50, 100, 300, 1000, 3000)),
+    ("CIFAR-10", "cifar10", (50, 100, 300, 1000, 3000)),
+    ("8x8 digits", "digits", (50, 100, 300)),
+    ("glyphs", "glyphs", (100, 300)),
+]
+
+
+class Row(NamedTuple):
+    """One line of a table: the set by name, the stem of its result file, n real images."""
+    name: str
+    stem: str
+    n: int
+
+
+class Entry(NamedTuple):
+    """A line of the leaderboard; `seconds` is processor time, per subset."""
+    regime: str
+    stem: str
+    n: int
+    arm: str
+    published: str
+    seconds: int
+
+
+# One arm for each regime, set here and not picked by its score: hybrids, of augmented images
+# where the published number has augmentation too. Those numbers are quoted from the papers.
+# Seconds were timed by hand on one core: reading the data, VAE, hybrids, CNN and scoring. With
+# --vae-data all, one VAE serves all subsets, and each has its part of that time.
+LEADERBOARD = [
+    Entry("MNIST, 50 labels, the other images unlabelled", "mnist-all", 50, "real+hybrid",
+          "about 98.4, Ladder network (Rasmus et al. 2015)", 18),
+    Entry("MNIST, 100 labels, likewise", "mnist-all", 100, "real+hybrid",
+          "99.04, ADGM (Maaløe et al. 2016)", 18),
+    Entry("Fashion-MNIST, 100 labels, likewise", "fashion-mnist-all", 100, "real+hybrid",
+          "none found", 18),
+    Entry("MNIST, 100 images, augmented", "mnist", 100, "augment+hybrid", "none found", 18),
+    Entry("MNIST, 300 images", "mnist", 300, "real+hybrid",
+          "about 95.9, convolutional kernel network (Mairal et al. 2014)", 21),
+    Entry("MNIST, 1,000 images", "mnist", 1000, "real+hybrid",
+          "about 97.9, convolutional kernel network (Mairal et al. 2014)", 27),
+    Entry("Fashion-MNIST, 100 images", "fashion-mnist", 100, "real+hybrid", "none found", 17),
+    Entry("Fashion-MNIST, 1,000 images", "fashion-mnist", 1000, "real+hybrid",
+          "none found", 27),
+    Entry("CIFAR-10, 100 images, augmented", "cifar10", 100, "augment+hybrid",
+          "about 39, scattering and wide ResNet (Oyallon et al. 2017)", 37),
+    Entry("CIFAR-10, 300 images, augmented", "cifar10", 300, "augment+hybrid",
+          "none found", 43),
+    Entry("CIFAR-10, 1,000 images, augmented", "cifar10", 1000, "augment+hybrid",
+          "about 62, scattering and wide ResNet (Oyallon et al. 2017)", 66),
+]
+
+# The arms of the controls, in words. "other cut" is no arm of compare.py: it stands for the
+# setting of `cut` that is not the default of the set.
+CONTROLS = {
+    "real": "real images only",
+    "mixup": "mixup",
+    "cutmix": "cutmix",
+    "mixup+cutmix": "mixup and cutmix in turn",
+    "weight labels": "hybrids labelled by the mixing weight",
+    "density labels": "labelled by the density",
+    "all decoded": "all of them decoded",
+    "no residual": "all decoded, nothing added back",
+    "mixup density labels": "none decoded, density labels",
+    "other cut": "grey images cut, colour images mixed",
+    "hybrid only": "hybrids only, to the last step",
+    "prior hybrid": "points from N(0, I), density labels",
+    "reconstructions": "reconstructions, hard labels",
+    "latent posterior": "the latent posterior, no CNN",
+}
+
+# Choices made by a rule set before. Their single runs are not kept, but trials.json states the
+# result in words: the paragraph, and what stands there before the numbers.
+CHOICES = [
+    ("hybrids: three tenths of the pairs of one class, `T = 1/s`", "one class",
+     "s3t1, 40 pairs", "yes"),
+    ("mixup: halves, in place of Beta(4, 4)", "mixup again", "ainf c3, 28 pairs", "yes"),
+    ("mixup of augmented images: halves", "mixup again", "aminf over am4, 18 pairs", "no"),
+    ("hybrids: halves where they are mixed as pixels", "mixup again", "pA, 26 pairs", "no"),
+    ("hybrids of colour images: cut, not mixed", "cutting", "k40: 10 pairs", "yes"),
+    ("half of them cut, in place of all", "cut or mixed", "14 pairs of CIFAR-10", "no"),
+]
+
+# Sets made to ask whether colour decides: their names in trials.json.
+MADE = {
+    "grey": "CIFAR-10, turned grey",
+    "plain": "the same, on black outside an ellipse",
+    "onphoto": "digits of MNIST on grey photographs",
+    "mnistm": "digits of MNIST on colour photographs",
+}
+
+
+def table(name):
+    """Register the function below it as the writer of the table `name`."""
+    def register(function):
+        # The result files do not change meanwhile, so that one writing serves every caller.
+        TABLES[name] = functools.cache(function)
+        return function
+    return register
+
+
+@functools.cache
+def result(stem):
+    """What assets/<stem>.json holds."""
+    return json.loads((ASSETS / f"{stem}.json").read_text())
+
+
+def rows_of(names=("MNIST", "Fashion-MNIST", "CIFAR-10", "8x8 digits", "glyphs"), sizes=None):
+    """The lines of a table: one per set and size."""
+    rows = []
+    for name, stem, there in SETS:
+        if name not in names:
+            continue
+        for n in there:
+            if sizes is None or n in sizes:
+                far = n in (50, 3000) and stem != "digits"
+                rows.append(Row(name, f"{stem}-far" if far else stem, n))
+    return rows
+
+
+def values(row, arm, key="accuracy"):
+    """{subset: value} of an arm; accuracies in %."""
+    if arm == "other cut":
+        arm = "never cut" if row.stem.startswith("cifar10") else "always cut"
+    scale = 100 if key in ("accuracy", "noise") else 1
+    found = {}
+    for line in result(row.stem)["rows"]:
+        if line["n"] == row.n and line["arm"] == arm:
+            found[line["seed"]] = scale * line[key]
+    if not found:                       # a table with a hole would go unnoticed
+        raise KeyError(f"{row.stem}.json has no {arm} with {row.n} images")
+    return found
+
+
+def mean(row, arm, key="accuracy"):
+    """Mean of an arm over its subsets."""
+    return compare.interval(list(values(row, arm, key).values()))[0]
+
+
+def difference(row, arm, other, key="accuracy"):
+    """Mean and 95% half-width of the paired difference, arm less other."""
+    # Both arms had the same images and initial weights, so that only the difference counts.
+    mine = values(row, arm, key)
+    theirs = values(row, other, key)
+    return compare.interval([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
+
+
+def pm(pair, digits=1, sign="+"):
+    """'+4.7 ± 1.3' of a mean and its half-width."""
+    middle, half = pair
+    return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def over(row, arm, other):
+    """The paired difference of accuracies, in points, as it is printed."""
+    return pm(difference(row, arm, other))
+
+
+def percent(row, arm):
+    """A mean accuracy as it is printed."""
+    return f"{mean(row, arm):.1f}"
+
+
+def grid(head, lines, words=1):
+    """A Markdown table; the first `words` columns are text, the others numbers."""
+    marks = ["---" if place < words else "---:" for place in range(len(head))]
+    text = []
+    for cells in [head, marks, *lines]:
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def short(rows):
+    """Real, mixup and hybrids with both paired differences: the table that says it all."""
+    head = ["data set", "real images", "real", "mixup", "real+hybrid", "over real",
+            "over mixup"]
+    lines = []
+    for row in rows:
+        lines.append([
+            row.name, f"{row.n:,}",
+            percent(row, "real"), percent(row, "mixup"), percent(row, "real+hybrid"),
+            over(row, "real+hybrid", "real"), over(row, "real+hybrid", "mixup"),
+        ])
+    return grid(head, lines)
+
+
+@table("main-short")
+def main_short():
+    return short(rows_of(("MNIST", "Fashion-MNIST", "CIFAR-10"), (100, 300, 1000)))
+
+
+@table("main")
+def main_table():
+    return short(rows_of())
+
+
+@table("augmented")
+def augmented():
+    head = ["data set", "real images", "augment", "augment+mixup", "augment+hybrid",
+            "over augment", "over augment+mixup"]
+    lines = []
+    for row in rows_of():
+        if row.stem == "glyphs":        # not run with augmentation
+            continue
+        lines.append([
+            row.name, f"{row.n:,}",
+            percent(row, "augment"), percent(row, "augment+mixup"),
+            percent(row, "augment+hybrid"),
+            over(row, "augment+hybrid", "augment"),
+            over(row, "augment+hybrid", "augment+mixup"),
+        ])
+    return grid(head, lines)
+
+
+@table("probabilities")
+def probabilities():
+    head = ["data set", "real images", "NLL: real", "mixup", "hybrid", "ECE: real", "mixup",
+            "hybrid", "in noise: real", "mixup", "hybrid"]
+    lines = []
+    for row in rows_of():
+        cells = [row.name, f"{row.n:,}"]
+        for key, digits in (("nll", 3), ("ece", 3), ("noise", 1)):
+            for arm in ("real", "mixup", "real+hybrid"):
+                cells.append(f"{mean(row, arm, key):.{digits}f}")
+        lines.append(cells)
+    return grid(head, lines)
+
+
+def count(rows, arm, other, key):
+    """How often the arm is better than the other one, indistinguishable from it, worse."""
+    better, same, worse = 0, 0, 0
+    for row in rows:
+        gain, half = difference(row, arm, other, key)
+        if key == "nll":                # the lower the better
+            gain = -gain
+        if gain > half:
+            better += 1
+        elif gain < -half:
+            worse += 1
+        else:                           # the interval holds 0
+            same += 1
+    return [str(better), str(same), str(worse)]
+
+
+@table("tally")
+def tally():
+    everything = rows_of()
+    augmentable = [row for row in everything if row.stem != "glyphs"]
+    colour = rows_of(("CIFAR-10",))
+    pairs = [
+        (everything, "real+hybrid", "real"),
+        (everything, "real+hybrid", "mixup"),
+        (colour, "real+hybrid", "mixup+cutmix"),
+        (augmentable, "augment+hybrid", "augment"),
+        (augmentable, "augment+hybrid", "augment+mixup"),
+    ]
+    head = ["compared", "rows", "accuracy: ahead", "same", "behind", "NLL: better", "same",
+            "worse"]
+    lines = []
+    for rows, arm, other in pairs:
+        cells = [f"{arm}, to {other}", str(len(rows))]
+        for key in ("accuracy", "nll"):
+            cells += count(rows, arm, other, key)
+        lines.append(cells)
+    return grid(head, lines)
+
+
+def against_cutmix(rows):
+    """Colour: hybrids and the best ready-made way to mix, mixup and cutmix in turn."""
+    head = ["real images", "real", "mixup", "mixup+cutmix", "real+hybrid", "over real",
+            "over mixup", "over mixup+cutmix", "NLL, to mixup+cutmix"]
+    lines = []
+    for row in rows:
+        cells = [f"{row.n:,}"]
+        for arm in ("real", "mixup", "mixup+cutmix", "real+hybrid"):
+            cells.append(percent(row, arm))
+        for other in ("real", "mixup", "mixup+cutmix"):
+            cells.append(over(row, "real+hybrid", other))
+        cells.append(pm(difference(row, "real+hybrid", "mixup+cutmix", "nll"), 3))
+        lines.append(cells)
+    return grid(head, lines, words=0)
+
+
+@table("colour")
+def colour_table():
+    return against_cutmix(rows_of(("CIFAR-10",)))
+
+
+@table("wide")
+def wide():
+    return against_cutmix([Row("CIFAR-10", "cifar10-wide", n) for n in (300, 1000)])
+
+
+@table("labels")
+def labels():
+    head = ["data set", "labels", "real", "mixup", "posterior, no CNN", "mixed as pixels",
+            "pseudo-labels", "real+hybrid", "over real", "over pixels", "over pseudo-labels"]
+    rows = [Row("MNIST", "mnist-all", 50), Row("MNIST", "mnist-all", 100),
+            Row("Fashion-MNIST", "fashion-mnist-all", 100)]
+    lines = []
+    for row in rows:
+        cells = [row.name, str(row.n)]
+        for arm in ("real", "mixup", "latent posterior", "mixup density labels",
+                    "pseudo-labels", "real+hybrid"):
+            cells.append(percent(row, arm))
+        for other in ("real", "mixup density labels", "pseudo-labels"):
+            cells.append(over(row, "real+hybrid", other))
+        lines.append(cells)
+    return grid(head, lines)
+
+
+def control_rows():
+    """The three sets of controls, with 100 and with 1,000 images."""
+    rows = []
+    for name, stem, _ in SETS[:3]:      # the others have no controls
+        rows += [Row(name, f"{stem}-controls", 100), Row(name, f"{stem}-controls", 1000)]
+    return rows
+
+
+def control_head():
+    return [""] + [f"{row.name}, {row.n:,}" for row in control_rows()]
+
+
+@table("controls")
+def controls():
+    lines = []
+    for arm, words in CONTROLS.items():
+        lines.append([words] + [over(row, arm, "real+hybrid") for row in control_rows()])
+    return grid(control_head(), lines)
+
+
+@table("controls-nll")
+def controls_nll():
+    lines = []
+    for arm in ("mixup", "mixup+cutmix", "weight labels", "density labels", "all decoded"):
+        cells = [CONTROLS[arm]]
+        for row in control_rows():
+            cells.append(pm(difference(row, arm, "real+hybrid", "nll"), 3))
+        lines.append(cells)
+    return grid(control_head(), lines)
+
+
+def asked(name, aim, row, arm, other):
+    """A line of the aims: points that were to be gained, and those that were."""
+    gain = difference(row, arm, other)
+    return [f"{name}, {row.n:,} images", f"+{aim}", pm(gain), yes(gain[0] >= aim)]
+
+
+def yes(reached):
+    return "yes" if reached else "no"
+
+
+def ece_ratio(row):
+    """The ECE of hybrids by that of real."""
+    return mean(row, "real+hybrid", "ece") / mean(row, "real", "ece")
+
+
+@table("aims")
+def aims():
+    wanted = {"MNIST": {100: 6, 300: 2, 1000: 0.8}, "Fashion-MNIST": {100: 3, 300: 2, 1000: 1},
+              "CIFAR-10": {300: 2, 1000: 2}}
+    lines = []
+    for name, sizes in wanted.items():
+        for row in rows_of((name,), sizes):
+            lines.append(asked(f"points over real, {name}", sizes[row.n], row, "real+hybrid",
+                               "real"))
+    for row in rows_of(("CIFAR-10",), (300, 1000)):
+        ratio = ece_ratio(row)
+        lines.append([f"ECE by that of real, CIFAR-10, {row.n:,} images", "at most 0.33",
+                      f"{ratio:.2f}", yes(ratio <= 1 / 3)])
+    for arm, other in (("real+hybrid", "mixup"), ("augment+hybrid", "augment"),
+                       ("augment+hybrid", "augment+mixup")):
+        rows = [row for row in rows_of() if arm == "real+hybrid" or row.stem != "glyphs"]
+        ahead = int(count(rows, arm, other, "accuracy")[0])
+        lines.append([f"{arm} ahead of {other}", "everywhere", f"{ahead} of {len(rows)} rows",
+                      yes(ahead == len(rows))])
+    # Harm is what cannot be ruled out: the lower end of the interval, not the mean.
+    bounds = []
+    for row in rows_of():
+        gain, half = difference(row, "real+hybrid", "real")
+        bounds.append(gain - half)
+    lines.append(["no harm: lower bound over real, all rows", "above -0.5",
+                  f"lowest {min(bounds):.1f}", yes(min(bounds) > -0.5)])
+    spread = compare.interval(list(values(Row("", "mnist-all", 100), "real+hybrid").values()))
+    lines.append(["`--vae-data all`, MNIST, 100 labels", "96.7", pm(spread, sign=""),
+                  yes(spread[0] >= 96.7)])
+    return grid(["aim", "asked", "measured", "reached"], lines)
+
+
+@table("leaderboard")
+def leaderboard():
+    head = ["regime", "ours, test accuracy in %", "best published known to us",
+            "minutes of one core", "command: `python compare.py` and"]
+    lines = []
+    for entry in LEADERBOARD:
+        row = Row("", entry.stem, entry.n)
+        found = list(values(row, entry.arm).values())
+        settings = result(entry.stem)["settings"]
+        command = f"--dataset {settings['dataset']} --sizes {entry.n} --seeds {len(found)} "
+        if settings["vae_data"] == "all":       # else the default
+            command += "--vae-data all "
+        command += f"--arms {entry.arm}"
+        lines.append([
+            entry.regime,
+            f"{pm(compare.interval(found), sign='')} ({entry.arm}, {len(found)} subsets)",
+            entry.published,
+            f"{entry.seconds * len(found) / 60:.0f}",
+            f"`{command}`",
+        ])
+    return grid(head, lines, words=5)
+
+
+@table("choices")
+def choices():
+    """Numbers that trials.json states in words, as the single runs are not kept."""
+    number = r"([+-]\d\.\d+) \+- (\d\.\d+)"
+    numbers = f".*?{number}( points, NLL {number})?"        # not all of them name the NLL
+    lines = []
+    for words, paragraph, start, taken in CHOICES:
+        text = result("trials")[paragraph]["what"]
+        found = re.search(re.escape(start) + numbers, text)
+        points = (float(found[1]), float(found[2]))
+        nll = ""
+        if found[3]:
+            nll = f"{found[4]} ± {found[5]}"
+        pairs = re.search(r"(\d+) pairs", start)[1]
+        lines.append([words, pairs, pm(points, 2), nll, taken])
+    return grid(["change", "pairs of runs", "points", "NLL", "taken"], lines)
+
+
+@table("cut-or-mixed")
+def cut_or_mixed():
+    rows = result("trials")["cut or mixed"]["rows"]
+    lines = []
+    for name, words in MADE.items():
+        cells = [words]
+        for n in (300, 1000):
+            # Paired differences stand in the file, as the single runs are not kept.
+            for line in rows:
+                if (line["dataset"], line["n"], line["arm"]) == (name, n, "always cut"):
+                    cells.append(pm((line["over_never_cut"], line["half_never_cut"])))
+                    cells.append(pm((line["over_mixup"], line["half_mixup"])))
+        lines.append(cells)
+    return grid(["cut hybrids", "over mixed ones, 300 images", "over mixup", "1,000 images",
+                 "over mixup"], lines)
+
+
+def widest_gap(rows):
+    """The largest gap of stated and observed frequency, over bins of at least 200 pairs."""
+    # Of fewer pairs the observed frequency is too uncertain to be held against the stated one.
+    gaps = []
+    for line in rows:
+        if line["pairs"] >= 200:
+            gaps.append(abs(line["stated"] - line["observed"]))
+    return max(gaps)
+
+
+@table("percentages")
+def percentages():
+    head = ["data set", "density", "accuracy, %", "NLL", "ECE", "95% interval", "widest gap"]
+    lines = []
+    for name, stem in (("MNIST", "mnist"), ("Fashion-MNIST", "fashion-mnist"),
+                       ("CIFAR-10", "cifar10"), ("glyphs", "glyphs")):
+        for density in ("encoder's width", "aggregate", "gaussian"):
+            scores = result(f"{stem}-latent")["metrics"][density]
+            low, high = scores["ece_interval"]
+            lines.append([
+                name, density, f"{100 * scores['accuracy']:.1f}", f"{scores['nll']:.3f}",
+                f"{scores['ece']:.3f}", f"{low:.3f} to {high:.3f}",
+                f"{widest_gap(scores['reliability']):.2f}",
+            ])
+    return grid(head, lines, words=2)
+
+
+@table("steps")
+def steps():
+    chosen = result("baseline")["chosen"]["steps"]
+    head = ["real images, at most"] + [f"{int(n):,}" for n in chosen]
+    grey = ["CNN steps, grey"] + [f"{count:,}" for count in chosen.values()]
+    # baseline.json says it in words: colour takes twice the steps.
+    colour = ["CNN steps, colour"] + [f"{2 * count:,}" for count in chosen.values()]
+    return grid(head, [grey, colour])
+
+
+@table("speed")
+def speed():
+    lines = []
+    for line in result("bench")["rows"]:
+        ratio = line["to_plain_loop"]   # None where there is no such loop
+        lines.append([line["work"], line["quality"], f"{line['seconds']:.2f}",
+                      f"{line['images_per_second']:,}", str(ratio or "")])
+    return grid(["work, on all of MNIST", "quality", "seconds", "images/s",
+                 "times as fast as the plain loop"], lines)
+
+
+def rewrite(text):
+    """A page with every table between its markers as it should be."""
+    # A marker with a name that no function has ends in a KeyError that says the name.
+    def fresh(found):
+        return found[1] + TABLES[found[2]]() + "\n" + found[4]
+    return BLOCK.sub(fresh, text)
+
+
+def pages():
+    """{path: text as it should be} of the three pages."""
+    wanted = {}
+    for name in PAGES:
+        path = ROOT / name
+        wanted[path] = rewrite(path.read_text(encoding="utf-8"))
+    return wanted
+
+
+def differences():
+    """'page: table' for each table that differs from its result file."""
+    found = []
+    for path, wanted in pages().items():
+        now = BLOCK.findall(path.read_text(encoding="utf-8"))
+        for before, after in zip(now, BLOCK.findall(wanted)):
+            if before != after:
+                found.append(f"{path.relative_to(ROOT)}: table {before[1]}")
+    return found
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser("evidence.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing, name what differs")
+    args = parser.parse_args(argv)
+    # What differs is looked for before anything is written: afterwards nothing would.
+    differ = differences()
+    if args.check:
+        for line in differ:
+            print(f"{line} differs; run python assets/evidence.py")
+        return int(bool(differ))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    print(f"{len(TABLES)} tables; rewritten: {', '.join(differ) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
