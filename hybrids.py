@@ -182,21 +182,25 @@ def render(points, codes, images, decode, residual=True, pixels=0.5, cut=None, g
 
     parts = []
     if decoded:
-        known = reconstructions(codes.mu, images, decode, batch)
+        lost = residuals(codes.mu, images, decode, batch)
     for start in range(0, decoded, batch):
         some = points.take(slice(start, min(start + batch, decoded)))
-        x = mix(some, images) + (decode(some.z) - mix(some, known))
-        parts.append(as_dtype(x.clamp(0, 1), images.dtype))
+        x = (decode(some.z) + mix(some, lost)).clamp(0, 1)
+        parts.append(as_dtype(x, images.dtype))
     for start in range(decoded, len(points.z), batch):
         some = points.take(slice(start, start + batch))
         parts.append(as_dtype(mix(some, images), images.dtype))
     return torch.cat(parts)
 
 
-def reconstructions(mu, images, decode, batch=1000):
-    """What the decoder makes of each code (N,C,H,W); beside uint8, half precision will do."""
+def residuals(mu, images, decode, batch=1000):
+    """What the decoder loses of each image (N,C,H,W); of uint8, half precision will do."""
     precision = torch.half if images.dtype == torch.uint8 else images.dtype
-    return torch.cat([decode(codes).to(precision) for codes in mu.split(batch)])
+    parts = []
+    for codes, sources in zip(mu.split(batch), images.split(batch)):
+        lost = as_float(sources) - decode(codes)
+        parts.append(lost.to(precision))
+    return torch.cat(parts)
 
 
 def rectangles(t, height, width, generator):
