@@ -22,31 +22,40 @@ class Posterior:
     """q(c|z) ~ pi_c (p(z|c) + b)^(1/T): Bayes' rule with a floor b and a temperature T.
 
     Far from every cluster p(z|c) sinks below b, and q becomes the class priors, not a false
-    certainty. Subclasses give log p(z|c); all work is in log space.
+    certainty. An image has a floor of its own: its density is an integral over its width, and
+    each dimension that the VAE leaves unused makes that smaller than the density of a point.
+    Subclasses give log p(z|c); all work is in log space.
     """
 
-    def __init__(self, prior, log_floor=-math.inf, temperature=1.0):
+    def __init__(self, prior, log_floor=-math.inf, temperature=1.0, image_floor=None):
         self.prior = prior                              # (K,)
         self.log_floor = log_floor
+        self.image_floor = log_floor if image_floor is None else image_floor
         self.temperature = temperature
 
     def __call__(self, z, logvar=None):
         """q (M,K) of points z (M,D); of images, if their encoder's logvar (M,D) is given."""
-        return self.weigh(self.log_density(z, logvar))
+        floor = self.log_floor if logvar is None else self.image_floor
+        return self.weigh(self.log_density(z, logvar), floor)
 
-    def weigh(self, log_density):
-        """q (M,K) from log p(z|c) (M,K)."""
-        return (self.prior.log() + self.floored(log_density) / self.temperature).softmax(1)
+    def weigh(self, log_density, floor):
+        """q (M,K) from log p(z|c) (M,K) and log b."""
+        return (self.prior.log() + floored(log_density, floor) / self.temperature).softmax(1)
 
-    def floored(self, log_density):
-        """log(p(z|c) + b) (M,K)."""
-        return torch.logaddexp(log_density, torch.full_like(log_density, self.log_floor))
+    def set_floors(self, of_points, of_images, quantile):
+        """b = a low quantile of the codes' own densities log p(z_i|c) (M,K), for all classes."""
+        self.log_floor = self.low_quantile(of_points, quantile)
+        self.image_floor = self.low_quantile(of_images, quantile)
 
-    def set_floor(self, log_density, quantile=0.001):
-        """b = a low quantile of the codes' own densities, one for all classes."""
+    def low_quantile(self, log_density, quantile):
         marginal = (log_density + self.prior.log()).logsumexp(1)
-        finite = marginal[marginal.isfinite()]        # a code alone in its class has density 0
-        self.log_floor = float(finite.quantile(quantile)) if len(finite) else -math.inf
+        finite = marginal[marginal.isfinite()]          # a code alone in its class has none
+        return float(finite.quantile(quantile)) if len(finite) else -math.inf
+
+
+def floored(log_density, floor):
+    """log(p(z|c) + b) (M,K)."""
+    return torch.logaddexp(log_density, torch.full_like(log_density, floor))
 
 
 class Aggregate(Posterior):
@@ -57,14 +66,14 @@ class Aggregate(Posterior):
     unseen codes.
     """
 
-    def __init__(self, mu, variance, counts, prior, log_floor=-math.inf, temperature=1.0):
-        super().__init__(prior, log_floor, temperature)
+    def __init__(self, mu, variance, counts, prior, **floors):
+        super().__init__(prior, **floors)
         self.mu = mu                                    # (N,D), sorted by class
         self.variance = variance                        # (N,D)
         self.counts = counts                            # K numbers of codes
 
     @classmethod
-    def fit(cls, mu, logvar, y, classes, bandwidth=1.0):
+    def fit(cls, mu, logvar, y, classes, bandwidth=1.0, quantile=0.001):
         """From codes mu, logvar (N,D) and labels y (N,) in 0..classes-1."""
         order = y.argsort(stable=True)
         mu, logvar, y = mu[order], logvar[order], y[order]
@@ -76,8 +85,9 @@ class Aggregate(Posterior):
         shrink = counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
         h = bandwidth * s * shrink                      # (K,D)
         posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
-        log_density, _ = posterior.leave_one_out()
-        posterior.set_floor(log_density)
+        of_points, _ = posterior.leave_one_out()
+        of_images, _ = posterior.leave_one_out(logvar, 500)     # each costs D times as much
+        posterior.set_floors(of_points, of_images, quantile)
         return posterior
 
     def log_density(self, z, logvar=None, without=None):
@@ -111,23 +121,27 @@ class Aggregate(Posterior):
             start += count
         return torch.stack(columns, 1)
 
-    def leave_one_out(self, limit=2000):
-        """log p(z_i|c) (M,K), labels (M,) of at most `limit` codes, each without itself."""
+    def leave_one_out(self, logvar=None, limit=2000):
+        """log p(z_i|c) (M,K), labels (M,) of at most `limit` codes, each without itself.
+
+        With logvar (N,D), sorted by class as the codes are, of the images and not of points.
+        """
         rows = subsample(len(self.mu), limit).to(self.mu.device)
         y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return self.log_density(self.mu[rows], without=rows), y.to(rows.device)[rows]
+        own = None if logvar is None else logvar[rows]
+        return self.log_density(self.mu[rows], own, rows), y.to(rows.device)[rows]
 
 
 class Gaussian(Posterior):
     """p(z|c) = N(z; m_c, S_c), covariances shrunk towards the pooled one (Friedman 1989)."""
 
-    def __init__(self, mean, covariance, prior, log_floor=-math.inf, temperature=1.0):
-        super().__init__(prior, log_floor, temperature)
+    def __init__(self, mean, covariance, prior, **floors):
+        super().__init__(prior, **floors)
         self.mean = mean                                # (K,D)
         self.covariance = covariance                    # (K,D,D)
 
     @classmethod
-    def fit(cls, mu, logvar, y, classes, shrinkage=0.1, ridge=0.01):
+    def fit(cls, mu, logvar, y, classes, shrinkage=0.1, ridge=0.01, quantile=0.001):
         """From codes mu, logvar (N,D), labels y (N,): moments of the aggregate posterior."""
         counts = y.bincount(minlength=classes)
         mean = class_means(mu, y, classes)
@@ -146,7 +160,10 @@ class Gaussian(Posterior):
         eye = torch.eye(mu.shape[1], device=mu.device)
         covariance = (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye
         posterior = cls(mean, covariance, counts / len(y))
-        posterior.set_floor(posterior.log_density(mu[subsample(len(mu), 2000)]))
+        rows = subsample(len(mu), 2000).to(mu.device)
+        some = subsample(len(mu), 500).to(mu.device)
+        of_images = posterior.log_density(mu[some], logvar[some])
+        posterior.set_floors(posterior.log_density(mu[rows]), of_images, quantile)
         return posterior
 
     def log_density(self, z, logvar=None):
@@ -182,10 +199,9 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
 
     T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
     """
-    posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth)
+    posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth, quantile=0.01)
     log_density, own = posterior.leave_one_out()
-    posterior.set_floor(log_density, 0.01)
-    right = posterior.weigh(log_density).argmax(1) == own
+    right = posterior.weigh(log_density, posterior.log_floor).argmax(1) == own
     accuracy = right.float().mean().item()
     guess = posterior.prior.max().item()
     skill = (accuracy - guess) / max(1 - guess, 1e-6)
@@ -227,12 +243,12 @@ def log_normal_images(z, own, mu, variance):
     return total.mul_(-0.5)
 
 
-def best_temperature(posterior, log_density, y):
-    """The T in [1/4, 64] with the smallest NLL on labels y, and that NLL; sets nothing."""
-    floored = posterior.floored(log_density)
+def best_temperature(posterior, mu, logvar, y):
+    """The T in [1/4, 64] of the least NLL on images of labels y, and that NLL; sets nothing."""
+    evidence = floored(posterior.log_density(mu, logvar), posterior.image_floor)
     best = (math.inf, 1.0)
     for temperature in torch.logspace(-2, 6, 65, base=2).tolist():
-        log_q = (posterior.prior.log() + floored / temperature).log_softmax(1)
+        log_q = (posterior.prior.log() + evidence / temperature).log_softmax(1)
         nll = F.nll_loss(log_q.clamp(min=-30), y).item()
         best = min(best, (nll, temperature))
     nll, temperature = best
@@ -247,14 +263,11 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
     some = subsample(len(y), limit)     # the choice is coarse: a few images settle it
     tried = []
     for choice in choices:
-        posterior = fit(choice)
-        log_density = posterior.log_density(mu[some], logvar[some])
-        _, nll = best_temperature(posterior, log_density, y[some])
+        _, nll = best_temperature(fit(choice), mu[some], logvar[some], y[some])
         tried.append((nll, choice))
     _, choice = min(tried)
     posterior = fit(choice)
-    log_density = posterior.log_density(mu, logvar)
-    posterior.temperature, _ = best_temperature(posterior, log_density, y)
+    posterior.temperature, _ = best_temperature(posterior, mu, logvar, y)
     return posterior, choice
 
 
