@@ -115,27 +115,39 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
 
 @torch.no_grad()
 def predict(model, images, amp=False, batch=200):
-    """Logits float32 (N,K) of uint8 images (N,C,H,W)."""
+    """Logits float32 (N,K) of images (N,C,H,W): uint8, or floats in [0,1]."""
     model.eval()
-    parts = []
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        for chunk in images.split(batch):
-            x = (chunk.float() / 255).contiguous(memory_format=torch.channels_last)
-            parts.append(model(x).float())
-    return torch.cat(parts)
+        return torch.cat([model(as_input(chunk)).float() for chunk in images.split(batch)])
+
+
+def as_input(images):
+    """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
+
+    Raises ValueError for other ranges; uint8 needs no look.
+    """
+    x = images.float()
+    if not images.is_floating_point():
+        x = x / 255
+    if images.dtype != torch.uint8:
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):                # NaN fails, too
+            raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], "
+                             "or uint8")
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=()):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
-    `real` and `hybrids` are pairs of uint8 images (N,C,H,W) and probabilities (N,K). `share`
-    is the part of a batch drawn from hybrids and given to `mix`, see `share_at`. mix and the
-    batch's `transforms` map (x, q, generator) -> (x, q).
+    `real` and `hybrids` are pairs of images (N,C,H,W), as of `as_input`, and probabilities
+    (N,K). `share` is the part of a batch drawn from hybrids and given to `mix`, see
+    `share_at`. mix and the batch's `transforms` map (x, q, generator) -> (x, q).
     """
     def take(source, count, generator):
         images, q = source
         rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
-        return images[rows].float() / 255, q[rows]
+        return as_input(images[rows]), q[rows]
 
     def next_batch(generator, done):
         count = 0

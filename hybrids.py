@@ -49,7 +49,7 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
     same      all of them of one class
     boundary  none of them; t uniform, thinned so that max q is spread evenly over [1/2, 1]
     """
-    mu = codes.mu
+    mu = codes.mu.float()
     if strategy == "prior":
         return Points(torch.randn(count, mu.shape[1], device=mu.device, generator=generator))
     if strategy == "boundary":
@@ -59,7 +59,7 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
     i = torch.randint(len(mu), (count,), device=mu.device, generator=generator)
     if strategy == "around":
         noise = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
-        z = mu[i] + noise * (codes.logvar[i] / 2).exp()
+        z = mu[i] + noise * (codes.logvar[i].float() / 2).exp()
         return Points(z, i, i, torch.ones(count, device=mu.device))
     if strategy == "same":
         same = 1
@@ -140,8 +140,9 @@ def mixing_label(points, codes):
     """q = t [c=y_i] + (1-t) [c=y_j] (M,K)."""
     classes = len(codes.posterior.prior)
     t = points.t[:, None]
-    return (t * F.one_hot(codes.y[points.i], classes)
-            + (1 - t) * F.one_hot(codes.y[points.j], classes))
+    first = F.one_hot(codes.y[points.i].long(), classes)
+    second = F.one_hot(codes.y[points.j].long(), classes)
+    return t * first + (1 - t) * second
 
 
 def opinion_pool(weight, points, posterior, epsilon):
@@ -198,7 +199,7 @@ def residuals(mu, images, decode, batch=1000):
     precision = torch.half if images.dtype == torch.uint8 else images.dtype
     parts = []
     for codes, sources in zip(mu.split(batch), images.split(batch)):
-        lost = as_float(sources) - decode(codes)
+        lost = as_float(sources) - decode(codes.float())
         parts.append(lost.to(precision))
     return torch.cat(parts)
 
@@ -220,7 +221,7 @@ def covered(size, centre, side):
 
 
 def as_float(images):
-    """uint8 -> [0,1]; floats as they are."""
+    """uint8 -> [0,1]; floats, which are there already, as they are."""
     return images / 255 if images.dtype == torch.uint8 else images
 
 
@@ -241,8 +242,8 @@ class HybridMixer:
 
     Between the codes of each image and another one of the batch, as hybrids.py by default;
     `cut` as of `render`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) ->
-    images; posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1], y integer
-    labels (B,).
+    images; posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1] or uint8, y
+    integer labels (B,). Raises ValueError for a batch that has been normalised.
     """
 
     def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None):
@@ -255,8 +256,13 @@ class HybridMixer:
 
     @torch.no_grad()
     def __call__(self, x, y):
+        x = as_float(x)
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"the batch spans {low:g} to {high:g}; mix images in [0, 1], and "
+                             "normalise them afterwards")
         mu, _ = self.encode(x)
-        codes = SimpleNamespace(mu=mu, y=y, posterior=self.posterior)
+        codes = SimpleNamespace(mu=mu.float(), y=y, posterior=self.posterior)
         # In random order, so that the half that is decoded is any half of the batch.
         i = torch.randperm(len(x), device=x.device, generator=self.generator)
         j = partners(y, i, 0.3, self.generator)

@@ -35,15 +35,16 @@ class Posterior:
 
     def __call__(self, z, logvar=None):
         """q (M,K) of points z (M,D); of images, if their encoder's logvar (M,D) is given."""
-        floor = self.log_floor if logvar is None else self.image_floor
-        return self.weigh(self.log_density(z, logvar), floor)
+        if logvar is None:
+            return self.weigh(self.log_density(z.float()), self.log_floor)
+        return self.weigh(self.log_density(z.float(), logvar.float()), self.image_floor)
 
     def weigh(self, log_density, floor):
         """q (M,K) from log p(z|c) (M,K) and log b."""
         return (self.prior.log() + floored(log_density, floor) / self.temperature).softmax(1)
 
     def set_floors(self, of_points, of_images, quantile):
-        """b = a low quantile of the codes' own densities log p(z_i|c) (M,K), for all classes."""
+        """b = a low quantile of the codes' own densities, from log p(z_i|c) (M,K)."""
         self.log_floor = self.low_quantile(of_points, quantile)
         self.image_floor = self.low_quantile(of_images, quantile)
 
@@ -76,7 +77,9 @@ class Aggregate(Posterior):
     def fit(cls, mu, logvar, y, classes, bandwidth=1.0, quantile=0.001):
         """From codes mu, logvar (N,D) and labels y (N,) in 0..classes-1."""
         order = y.argsort(stable=True)
-        mu, logvar, y = mu[order], logvar[order], y[order]
+        mu = mu[order].float()
+        logvar = logvar[order].float()
+        y = y[order].long()
         counts = y.bincount(minlength=classes)
         total = (mu - mu.mean(0)).square().mean(0)
         within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
@@ -143,6 +146,9 @@ class Gaussian(Posterior):
     @classmethod
     def fit(cls, mu, logvar, y, classes, shrinkage=0.1, ridge=0.01, quantile=0.001):
         """From codes mu, logvar (N,D), labels y (N,): moments of the aggregate posterior."""
+        mu = mu.float()
+        logvar = logvar.float()
+        y = y.long()
         counts = y.bincount(minlength=classes)
         mean = class_means(mu, y, classes)
         centred = mu - mean[y]
@@ -244,7 +250,7 @@ def log_normal_images(z, own, mu, variance):
 
 
 def best_temperature(posterior, mu, logvar, y):
-    """The T in [1/4, 64] of the least NLL on images of labels y, and that NLL; sets nothing."""
+    """The T in [1/4, 64] of the least NLL on codes mu, logvar of labels y, and that NLL."""
     evidence = floored(posterior.log_density(mu, logvar), posterior.image_floor)
     best = (math.inf, 1.0)
     for temperature in torch.logspace(-2, 6, 65, base=2).tolist():
@@ -331,8 +337,8 @@ def spread_labels(mu, y, classes, neighbours=10, alpha=0.99):
 
     None arrives anywhere, if the labels do not predict each other: they would mislead.
     """
-    graph = neighbour_graph(mu, neighbours)
-    given = y.cpu()
+    graph = neighbour_graph(mu.float(), neighbours)
+    given = y.cpu().long()
     rows = given.argsort(stable=True)
     found = spread(graph, rows, given[rows], classes, alpha)[len(y):]
     if not labels_agree(graph, given, classes, alpha):

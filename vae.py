@@ -103,7 +103,8 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
     A row holds step, reconstruction, kl (nats per image, means of the round),
     images_per_second and "state": given back as `state`, it resumes the run exactly.
     `momentum` is Adam's beta_1.
-    Raises FloatingPointError, naming the steps, when the loss is not finite any more.
+    Raises FloatingPointError, naming the steps, when the loss is not finite any more;
+    ValueError where x is outside [0, 1].
     """
     device = next(model.parameters()).device
     optimiser = torch.optim.Adam(model.parameters(), lr, betas=(momentum, 0.99), fused=True)
@@ -113,6 +114,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         optimiser.load_state_dict(state["optimiser"])
         generator.set_state(state["generator"])
         first = state["step"]
+    begin = first
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
     for end in sorted(ends):
         if end <= first:
@@ -123,6 +125,8 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
             x = next_batch(generator)
+            if step == begin:           # once only: a GPU waits for it
+                check_range(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 outputs = model(x.contiguous(memory_format=torch.channels_last), generator)
             logits, mu, logvar = outputs
@@ -145,22 +149,36 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
 
 
 def batches(images, size):
-    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from uint8 images (N,C,H,W)."""
+    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from images as of `as_input`."""
     def next_batch(generator):
         rows = torch.randint(len(images), (size,), device=images.device, generator=generator)
-        return images[rows].float() / 255
+        return as_input(images[rows])
 
     return next_batch
 
 
 def as_input(images):
-    """uint8 (B,C,H,W) -> float in [0,1], channels last."""
-    return (images.float() / 255).contiguous(memory_format=torch.channels_last)
+    """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
+
+    Raises ValueError for other ranges; uint8 needs no look.
+    """
+    x = images.float()
+    if not images.is_floating_point():
+        x = x / 255
+    if images.dtype != torch.uint8:
+        check_range(x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def check_range(x):
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):    # NaN fails, too
+        raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], or uint8")
 
 
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
-    """mu, logvar (N,D), float32, of uint8 images (N,C,H,W)."""
+    """mu, logvar (N,D), float32, of images (N,C,H,W): uint8, or floats in [0,1]."""
     means = []
     logvars = []
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
@@ -180,7 +198,7 @@ def decode_all(model, z, amp=False, batch=1000):
 
 @torch.no_grad()
 def evaluate(model, images, *, generator, amp=False, batch=1000):
-    """Reconstruction and KL in nats per image over uint8 images, one noise draw an image."""
+    """Reconstruction and KL in nats per image of images as of `as_input`, one z drawn each."""
     sums = torch.zeros(2, device=images.device)
     for chunk in images.split(batch):
         x = as_input(chunk)
