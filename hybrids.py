@@ -51,7 +51,8 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
     """
     mu = codes.mu.float()
     if strategy == "prior":
-        return Points(torch.randn(count, mu.shape[1], device=mu.device, generator=generator))
+        z = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
+        return Points(z)
     if strategy == "boundary":
         points = sample("between", 8 * count, codes, generator, alpha=1, same=0)
         certainty = codes.posterior(points.z).amax(1)
@@ -59,8 +60,9 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
     i = torch.randint(len(mu), (count,), device=mu.device, generator=generator)
     if strategy == "around":
         noise = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
-        z = mu[i] + noise * (codes.logvar[i].float() / 2).exp()
-        return Points(z, i, i, torch.ones(count, device=mu.device))
+        width = (codes.logvar[i].float() / 2).exp()
+        t = torch.ones(count, device=mu.device)
+        return Points(mu[i] + width * noise, i, i, t)
     if strategy == "same":
         same = 1
     j = partners(codes.y, i, same, generator)
@@ -70,7 +72,8 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
 
 def line(mu, i, j, t) -> Points:
     """The points z = t mu_i + (1-t) mu_j; exactly a code at both ends."""
-    return Points(torch.lerp(mu[j], mu[i], t[:, None]), i, j, t)
+    z = torch.lerp(mu[j], mu[i], t[:, None])
+    return Points(z, i, j, t)
 
 
 def random_weights(count, alpha, device, generator):
@@ -81,8 +84,8 @@ def random_weights(count, alpha, device, generator):
 
 def spread_evenly(certainty, count, generator):
     """`count` rows, drawn so that their certainty (M,) fills ten bins over [1/2, 1] evenly."""
-    bins = ((certainty - 0.5) * 20).floor().long().clamp(-1, 9)
-    bins = bins + 1                     # bin 0: less than 1/2, none of these
+    bins = ((certainty - 0.5) * 20).floor().long()
+    bins = bins.clamp(-1, 9) + 1        # bin 0: less than 1/2, none of these
     sizes = bins.bincount(minlength=11).clamp(min=1)
     weight = (1 / sizes)[bins] * (bins > 0)
     if not weight.any():                # no point is that certain: any will do
@@ -179,7 +182,9 @@ def render(points, codes, images, decode, residual=True, pixels=0.5, cut=None, g
             w = rectangles(some.t, *images.shape[2:], generator)
         else:
             w = some.t[:, None, None, None]
-        return w * as_float(sources[some.i]) + (1 - w) * as_float(sources[some.j])
+        first = as_float(sources[some.i])
+        second = as_float(sources[some.j])
+        return w * first + (1 - w) * second
 
     parts = []
     if decoded:
@@ -207,11 +212,12 @@ def residuals(mu, images, decode, batch=1000):
 def rectangles(t, height, width, generator):
     """(M,1,height,width): 0 in a rectangle of area 1-t (M,), to whole pixels, 1 elsewhere."""
     side = (1 - t).sqrt()
-    corner = torch.rand(2, len(t), device=t.device, generator=generator) * (1 - side)
-    rows, columns = corner + side / 2
-    rows = covered(height, rows, side)
-    columns = covered(width, columns, side)
-    return 1.0 - (rows[:, None, :, None] & columns[:, None, None, :]).float()
+    place = torch.rand(2, len(t), device=t.device, generator=generator)
+    down, right = place * (1 - side) + side / 2         # the centre: nothing is cut off
+    rows = covered(height, down, side)
+    columns = covered(width, right, side)
+    inside = rows[:, :, None] & columns[:, None, :]
+    return 1.0 - inside[:, None].float()
 
 
 def covered(size, centre, side):
@@ -227,7 +233,9 @@ def as_float(images):
 
 def as_dtype(x, dtype):
     """x in [0,1] -> uint8, rounded, or another float."""
-    return (x * 255).round().byte() if dtype == torch.uint8 else x.to(dtype)
+    if dtype == torch.uint8:
+        return (x * 255).round().byte()
+    return x.to(dtype)
 
 
 def make(points, codes, images, decode, *, rule="product", residual=True, pixels=0.5, cut=None,
@@ -267,7 +275,8 @@ class HybridMixer:
         i = torch.randperm(len(x), device=x.device, generator=self.generator)
         j = partners(y, i, 0.3, self.generator)
         t = random_weights(len(x), 4, x.device, self.generator)
-        made, q = make(line(mu, i, j, t), codes, x, self.decode, rule=self.rule, cut=self.cut,
+        points = line(codes.mu, i, j, t)
+        made, q = make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
                        generator=self.generator)
         back = i.argsort()
         return made[back], q[back]
@@ -319,7 +328,8 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
     import common
     from latent import words
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    shown = torch.linspace(0, len(q) - 1, min(len(q), rows * columns)).long()
+    count = min(len(q), rows * columns)
+    shown = torch.linspace(0, len(q) - 1, count).long()
     if rows > 1:                        # a walk keeps its order
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
@@ -399,7 +409,8 @@ def command(run, args):
                 pixels=args.pixels, cut=args.cut, generator=generator)
     mu, _ = encode_all(model, x, run.amp)
     # Total variation between the percentages of a point and of the image made from it.
-    moved = (codes.posterior(mu) - codes.posterior(points.z)).abs().sum(1) / 2
+    before = codes.posterior(points.z)
+    moved = (codes.posterior(mu) - before).abs().sum(1) / 2
     entropies = entropy(q)
     metrics = {"entropy": entropies.mean().item(), "temperature": codes.posterior.temperature,
                "moved": moved.mean().item(), "top": q.amax(1).mean().item(),

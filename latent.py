@@ -37,11 +37,13 @@ class Posterior:
         """q (M,K) of points z (M,D); of images, if their encoder's logvar (M,D) is given."""
         if logvar is None:
             return self.weigh(self.log_density(z.float()), self.log_floor)
-        return self.weigh(self.log_density(z.float(), logvar.float()), self.image_floor)
+        log_density = self.log_density(z.float(), logvar.float())
+        return self.weigh(log_density, self.image_floor)
 
     def weigh(self, log_density, floor):
         """q (M,K) from log p(z|c) (M,K) and log b."""
-        return (self.prior.log() + floored(log_density, floor) / self.temperature).softmax(1)
+        evidence = floored(log_density, floor) / self.temperature
+        return (self.prior.log() + evidence).softmax(1)
 
     def set_floors(self, of_points, of_images, quantile):
         """b = a low quantile of the codes' own densities, from log p(z_i|c) (M,K)."""
@@ -84,10 +86,12 @@ class Aggregate(Posterior):
         total = (mu - mu.mean(0)).square().mean(0)
         within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
         # One pseudo-observation of the total variance, for classes of one image each.
-        s = ((within + total) / (len(y) - len(y.unique()) + 1)).sqrt()
-        shrink = counts.clamp(min=1).to(mu)[:, None] ** (-1 / (mu.shape[1] + 4))
-        h = bandwidth * s * shrink                      # (K,D)
-        posterior = cls(mu, logvar.exp() + h[y] ** 2, counts.tolist(), counts / len(y))
+        freedom = len(y) - len(y.unique()) + 1
+        s = ((within + total) / freedom).sqrt()
+        n = counts.clamp(min=1).to(mu)[:, None]
+        h = bandwidth * s * n ** (-1 / (mu.shape[1] + 4))       # (K,D)
+        variance = logvar.exp() + h[y] ** 2
+        posterior = cls(mu, variance, counts.tolist(), counts / len(y))
         of_points, _ = posterior.leave_one_out()
         of_images, _ = posterior.leave_one_out(logvar, 500)     # each costs D times as much
         posterior.set_floors(of_points, of_images, quantile)
@@ -129,10 +133,12 @@ class Aggregate(Posterior):
 
         With logvar (N,D), sorted by class as the codes are, of the images and not of points.
         """
-        rows = subsample(len(self.mu), limit).to(self.mu.device)
-        y = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        rows = subsample(len(self.mu), limit)
+        classes = torch.arange(len(self.counts))
+        y = classes.repeat_interleave(torch.tensor(self.counts))[rows].to(self.mu.device)
+        rows = rows.to(self.mu.device)
         own = None if logvar is None else logvar[rows]
-        return self.log_density(self.mu[rows], own, rows), y.to(rows.device)[rows]
+        return self.log_density(self.mu[rows], own, rows), y
 
 
 class Gaussian(Posterior):
@@ -162,9 +168,10 @@ class Gaussian(Posterior):
         weight = (1 - shrinkage) * counts + shrinkage * len(y)
         mixed /= weight.clamp(min=1e-6)[:, None, None]
         # The ridge keeps the covariance of few codes, or of unused dimensions, invertible.
-        trace = mixed.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        spread = mixed.diagonal(dim1=1, dim2=2).mean(1)
         eye = torch.eye(mu.shape[1], device=mu.device)
-        covariance = (1 - ridge) * mixed + (ridge * trace + 1e-6) * eye
+        jitter = (ridge * spread + 1e-6)[:, None, None] * eye
+        covariance = (1 - ridge) * mixed + jitter
         posterior = cls(mean, covariance, counts / len(y))
         rows = subsample(len(mu), 2000).to(mu.device)
         some = subsample(len(mu), 500).to(mu.device)
@@ -227,7 +234,10 @@ def log_normal(z, mu, variance):
         centre = mu.mean(0)
         z, mu = z - centre, mu - centre
     precision = 1 / variance
-    square = (z * z) @ precision.T - 2 * z @ (mu * precision).T + (mu * mu * precision).sum(1)
+    # (z - mu)^2 / variance, multiplied out.
+    square = (z * z) @ precision.T
+    square -= 2 * z @ (mu * precision).T
+    square += (mu * mu * precision).sum(1)
     log_volume = variance.log().sum(1)
     return -0.5 * (square.clamp_(min=0) + log_volume + z.shape[1] * LOG_2PI)
 
@@ -269,7 +279,8 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
     some = subsample(len(y), limit)     # the choice is coarse: a few images settle it
     tried = []
     for choice in choices:
-        _, nll = best_temperature(fit(choice), mu[some], logvar[some], y[some])
+        posterior = fit(choice)
+        _, nll = best_temperature(posterior, mu[some], logvar[some], y[some])
         tried.append((nll, choice))
     _, choice = min(tried)
     posterior = fit(choice)
@@ -279,7 +290,8 @@ def calibrate(fit, choices, mu, logvar, y, limit=500):
 
 def subsample(n, most):
     """At most `most` of the rows 0..n-1, at random but always the same ones, in order."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort()[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(n, generator=generator)[:most].sort()[0]
 
 
 def neighbour_graph(mu, neighbours=10):
