@@ -35,7 +35,8 @@ class CNN(nn.Module):
         layers = []
         inputs = channels
         for block in range(blocks):
-            outputs = width * 2 ** min(block, 2)
+            outputs = width * 2 ** min(block, 2)        # a fourth block is no wider
+            # Without a bias: the normalisation has one.
             layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
             layers.append(nn.BatchNorm2d(outputs))
             if block < blocks - 1:      # the last one keeps its resolution, a side of 8 or so
@@ -54,6 +55,7 @@ class CNN(nn.Module):
         return model.eval()
 
     def forward(self, x):
+        # Grey in the middle is 0, as what is padded is.
         return self.head(self.features(x - 0.5).amax((2, 3)))
 
 
@@ -153,6 +155,7 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=())
         count = 0
         if hybrids or mix:
             count = round(size * share_at(done, share))
+        # Without hybrids, what is mixed are real images.
         x, q = take(hybrids or real, count, generator)
         real_x, real_q = take(real, size - count, generator)
         if mix:
@@ -192,6 +195,7 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     right = up_to(2 * shift)            # the image is 2 units wide
     down = up_to(2 * shift)
     cos, sin = turn.cos(), turn.sin()
+    # From the pixels of the result to those of x, as affine_grid wants it.
     rows = torch.stack([cos * wide, (slant * cos - sin) * high, right,
                         sin * wide, (slant * sin + cos) * high, down], 1).view(-1, 2, 3)
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)

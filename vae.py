@@ -30,6 +30,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = dict(channels=channels, height=height, width=width,
                            latent_dim=latent_dim, hidden=hidden, units=units)
+        # 8 x 8 patches of an image of 32 or of 64 pixels: the layers between are the same.
         patch = 4 if max(height, width) <= 32 else 8
         rows = math.ceil(height / patch)
         columns = math.ceil(width / patch)
@@ -64,7 +65,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """x (B,C,H,W) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
         mu, logvar = self.encoder(F.pad(x, self.pad)).float().chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10)
+        return mu, logvar.clamp(-10, 10)                # exp overflows in a bad first step
 
     def logits(self, z):
         """z (B,D) -> logits (B,C,H,W), float32."""
@@ -204,6 +205,7 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
         x = as_input(chunk)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
             logits, mu, logvar = model(x, generator)
+        # Weighed by its size: the last chunk may be smaller.
         sums += torch.stack(elbo_terms(logits, x, mu, logvar)) * len(x)
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
@@ -242,6 +244,7 @@ def draw(history, model, data, amp, generator):
                color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
+    # All over the set: it may be sorted by class.
     some = torch.linspace(0, len(data.test_images) - 1, 32).long()
     x = data.test_images[some]
     mu, _ = encode_all(model, x, amp)
