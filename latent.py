@@ -84,7 +84,8 @@ class Aggregate(Posterior):
         y = y[order].long()
         counts = y.bincount(minlength=classes)
         total = (mu - mu.mean(0)).square().mean(0)
-        within = (mu - class_means(mu, y, classes)[y]).square().sum(0)
+        own_mean = class_means(mu, y, classes)[y]
+        within = (mu - own_mean).square().sum(0)
         # One pseudo-observation of the total variance, for classes of one image each.
         freedom = len(y) - len(y.unique()) + 1
         s = ((within + total) / freedom).sqrt()
@@ -135,7 +136,8 @@ class Aggregate(Posterior):
         """
         rows = subsample(len(self.mu), limit)
         classes = torch.arange(len(self.counts))
-        y = classes.repeat_interleave(torch.tensor(self.counts))[rows].to(self.mu.device)
+        y = classes.repeat_interleave(torch.tensor(self.counts))
+        y = y[rows].to(self.mu.device)
         rows = rows.to(self.mu.device)
         own = None if logvar is None else logvar[rows]
         return self.log_density(self.mu[rows], own, rows), y
@@ -225,7 +227,8 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
 def class_means(mu, y, classes):
     """(K,D); zeros for a class without codes."""
     one_hot = F.one_hot(y, classes).to(mu)
-    return one_hot.T @ mu / one_hot.sum(0).clamp(min=1)[:, None]
+    counts = one_hot.sum(0).clamp(min=1)
+    return one_hot.T @ mu / counts[:, None]
 
 
 def log_normal(z, mu, variance):
@@ -238,8 +241,9 @@ def log_normal(z, mu, variance):
     square = (z * z) @ precision.T
     square -= 2 * z @ (mu * precision).T
     square += (mu * mu * precision).sum(1)
-    log_volume = variance.log().sum(1)
-    return -0.5 * (square.clamp_(min=0) + log_volume + z.shape[1] * LOG_2PI)
+    square.clamp_(min=0)                # rounding may leave it below
+    log_volume = variance.log().sum(1) + z.shape[1] * LOG_2PI
+    return -0.5 * (square + log_volume)
 
 
 def log_normal_images(z, own, mu, variance):
@@ -301,10 +305,14 @@ def neighbour_graph(mu, neighbours=10):
     """
     n = len(mu)
     k = min(neighbours + 1, n)          # the nearest is the code itself
-    found = [torch.cdist(some, mu).topk(k, largest=False)
-             for some in mu.split(max(1, 2**24 // n))]
-    distance = torch.cat([part.values[:, 1:] for part in found]).cpu()
-    nearest = torch.cat([part.indices[:, 1:] for part in found]).cpu()
+    distances = []
+    nearest = []
+    for some in mu.split(max(1, 2**24 // n)):
+        found = torch.cdist(some, mu).topk(k, largest=False)
+        distances.append(found.values[:, 1:].cpu())
+        nearest.append(found.indices[:, 1:].cpu())
+    distance = torch.cat(distances)
+    nearest = torch.cat(nearest)
     scale = distance[:, -1:].clamp(min=1e-12)
     weight = (-(distance / scale).square()).exp()
     rows = torch.arange(n).repeat_interleave(k - 1)
@@ -400,8 +408,10 @@ def plane_of(mu, y, classes):
 def undecided_points(mu, posterior, generator, count=200):
     """Points (count,D) on lines between codes, the least certain of a thousand."""
     i, j = torch.randint(len(mu), (2, 1000), generator=generator)
-    z = torch.lerp(mu[i], mu[j], torch.rand(1000, 1, generator=generator))
-    return z[posterior(z).amax(1).argsort()[:count]]
+    t = torch.rand(1000, 1, generator=generator)
+    z = torch.lerp(mu[i], mu[j], t)
+    certainty = posterior(z).amax(1)
+    return z[certainty.argsort()[:count]]
 
 
 def draw_map(axes, mu, y, classes, posterior, generator, crosses=7):
@@ -425,19 +435,23 @@ def draw_map(axes, mu, y, classes, posterior, generator, crosses=7):
     points = []
     texts = []
     for _ in range(crosses):            # each as far as can be from the centres and the others
-        k = int(torch.cdist(flat, torch.stack(centres + points)).amin(1).argmax())
+        taken = torch.stack(centres + points)
+        k = int(torch.cdist(flat, taken).amin(1).argmax())
         points.append(flat[k])
-        texts.append(words(posterior(z[k:k + 1])[0], classes))
+        q = posterior(z[k:k + 1])[0]
+        texts.append(words(q, classes))
     points = torch.stack(points)
-    axes.plot(*points.T.numpy(), "x", color="black", ms=9, mew=2.2)
+    axes.plot(points[:, 0], points[:, 1], "x", color="black", ms=9, mew=2.2)
 
     figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
     figure.draw_without_rendering()     # settles the layout, and so the pixels
     reach = 6 * figure.dpi / 72
-    boxes = [Bbox([point, point]).padded(reach) for point in axes.transData.transform(points)]
+    pixels = axes.transData.transform(points)
+    boxes = [Bbox([pixel, pixel]).padded(reach) for pixel in pixels]
     for c, centre in zip(y.unique().tolist(), centres):
-        write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36), size=11,
-                   weight="bold", zorder=9, edge=common.COLOURS[c % 10])
+        colour = common.COLOURS[c % 10]
+        write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36),
+                   edge=colour, size=11, weight="bold", zorder=9)
     for text, point in zip(texts, points.tolist()):
         write_near(axes, text, point, boxes, (15, 25, 38, 54), size=9.5, zorder=10)
 
@@ -447,15 +461,18 @@ def draw_class(axes, xy, c):
     import common
     from matplotlib.patches import Ellipse
     colour = common.COLOURS[c % 10]
-    axes.scatter(*xy[:1500].T.numpy(), s=9, color=colour, alpha=0.35, linewidths=0,
+    some = xy[:1500]                    # more would hide each other
+    axes.scatter(some[:, 0], some[:, 1], s=9, color=colour, alpha=0.35, linewidths=0,
                  marker=common.MARKERS[c % 10])
     if len(xy) < 3:
         return
     variance, turn = torch.linalg.eigh(xy.T.double().cov())
     height, width = (3 * variance.clamp(min=0).sqrt()).tolist()
-    angle = math.degrees(math.atan2(turn[1, 1], turn[0, 1]))
-    axes.add_patch(Ellipse(xy.mean(0).tolist(), width, height, angle=angle, fill=False,
-                           color=colour, lw=1.5))
+    right, up = turn[:, 1].tolist()     # the direction of the largest variance
+    angle = math.degrees(math.atan2(up, right))
+    centre = xy.mean(0).tolist()
+    ellipse = Ellipse(centre, width, height, angle=angle, fill=False, color=colour, lw=1.5)
+    axes.add_patch(ellipse)
 
 
 def write_near(axes, text, point, boxes, radii, edge="none", **look):
@@ -488,8 +505,9 @@ def overlap(box, others):
 def draw_reliability(axes, metrics):
     """Stated percentages against observed frequencies, one line a density."""
     import common
-    axes.plot([0, 1], [0, 1], color="black", lw=0.8)
-    axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="black", alpha=0.07, lw=0)
+    axes.axline((0, 0), (1, 1), color="black", lw=0.8)
+    for margin in (-0.05, 0.05):        # what is stated is right to within five points
+        axes.axline((0, margin), (1, 1 + margin), color="black", lw=0.6, ls=":")
     styles = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
     for (name, style), colour in zip(styles.items(), common.COLOURS):
         rows = metrics[name]["reliability"]
@@ -585,8 +603,9 @@ def command(run, args):
     fig = common.figure(11, 5.4)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_reliability(right, metrics)
-    draw_map(left, mu.cpu(), y.cpu(), data.classes, Aggregate(**calibrated["aggregate"]),
-             torch.Generator().manual_seed(args.seed))
+    shown = Aggregate(**calibrated["aggregate"])
+    generator = torch.Generator().manual_seed(args.seed)
+    draw_map(left, mu.cpu(), y.cpu(), data.classes, shown, generator)
     common.write(run.out / "latent.png", fig)
     common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"], mu=mu.cpu(),
                 logvar=logvar.cpu(), labels=y.cpu(), calibrated=calibrated,
