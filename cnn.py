@@ -195,9 +195,12 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
     right = up_to(2 * shift)            # the image is 2 units wide
     down = up_to(2 * shift)
     cos, sin = turn.cos(), turn.sin()
-    # From the pixels of the result to those of x, as affine_grid wants it.
-    rows = torch.stack([cos * wide, (slant * cos - sin) * high, right,
-                        sin * wide, (slant * sin + cos) * high, down], 1).view(-1, 2, 3)
+    # From the pixels of the result to those of x, as affine_grid wants it: both sides are 2
+    # units long, so that an angle needs their true ratio.
+    tall = x.shape[2] / x.shape[3]
+    rows = torch.stack([cos * wide, (slant * cos - sin) * high * tall, right,
+                        sin * wide / tall, (slant * sin + cos) * high, down], 1)
+    rows = rows.view(-1, 2, 3)
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False), q
 
@@ -345,15 +348,22 @@ def answer(run, path):
         print(report)
         print(common.ranking(predict(model, image)[0].softmax(0), classes))
         return
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in common.IMAGE_FILES)
+    files = common.pictures_in(path, [])
     common.require(files, f"{path} holds no images ({' '.join(common.IMAGE_FILES)})")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["file", "likeliest", *classes])
-    for file in files:
-        image, report = common.read_like(file, saved["dataset"])
+    failed = 0
+    for file in sorted(map(Path, files)):
+        try:
+            image, report = common.read_like(file, saved["dataset"])
+        except common.Mistake as error:
+            failed += 1
+            print(error, file=sys.stderr)
+            continue
         print(report, file=sys.stderr)
         q = predict(model, image)[0].softmax(0)
         table.writerow([file, classes[int(q.argmax())]] + [f"{p:.4f}" for p in q.tolist()])
+    common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
 def mixer(args):
@@ -387,6 +397,7 @@ def command(run, args):
     validation = validation.to(run.device)
     if args.images:
         rows = common.subset(data, pool, args.images, args.seed)
+        common.say_if_few(args.images, data)
     else:
         rows = upstream["rows"] if upstream else pool
     rows = rows.to(run.device)

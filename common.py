@@ -4,6 +4,7 @@ It knows nothing of models. In this order: the command line, a run, data sets, p
 files, scores, training, figures, glyphs.
 """
 import argparse
+import collections
 import contextlib
 import ctypes
 import difflib
@@ -15,6 +16,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,17 @@ FORMAT = 3                              # of the .pt files; a newer one is refus
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST",
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+IMAGE_FILES = tuple(".jpg .jpeg .jfif .png .gif .ppm .pgm .bmp .tif .tiff .webp".split())
+PICTURE_FORMATS = "JPEG PNG GIF PPM BMP TIFF WEBP".split()      # of these files, for PIL
+# Folders that are parts of a data set, in small letters, as people call them.
+PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+         "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}
+# What systems put beside pictures, besides all that begins with a dot.
+HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
+# What brings a picture upright, by EXIF's orientation.
+UPRIGHT = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 "
+                         "TRANSVERSE ROTATE_90".split(), 2))
+WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -266,6 +278,8 @@ class Dataset:
     classes: list
     name: str
     validation: torch.Tensor | None = None      # rows that the set itself puts aside
+    white: int = 1                      # of the numbers read; 1, too, if all were bytes
+    remarks: list = field(default_factory=list)         # what a person should know of it
     source: dict = field(default_factory=dict)  # spec, data_dir, image_size: to load it again
 
     def tensors(self):
@@ -274,10 +288,10 @@ class Dataset:
     def facts(self) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
         marks = [fingerprint(part.cpu().numpy().tobytes()) for part in self.tensors()]
-        border = self.images[:, :, [0, -1]].float().mean((1, 2, 3))     # top and bottom rows
+        grounds = (ground_of(self.images) / 8).round().unique() * 8
         return {"name": self.name, **self.source, "shape": list(self.images.shape[1:]),
                 "classes": self.classes, "images": len(self.images),
-                "light": (border > 127).float().mean().item(),
+                "white": self.white, "ground": grounds.int().tolist(),
                 "test_images": len(self.test_images),
                 "fingerprint": fingerprint("".join(marks).encode())}
 
@@ -298,6 +312,9 @@ def load_dataset(run: Run, upstream=None) -> Dataset:
         require(data.facts()["fingerprint"] == known["fingerprint"],
                 f"{run.out}/vae.pt was made from other images than {run.dataset}; "
                 f"make it with: {command_for(run, 'vae.pt')}")
+    elif RANK == 0:                     # a later script need not say it again
+        for remark in [*data.remarks, *repeated_images(data)]:
+            print(f"{data.name}: {remark}", file=sys.stderr)
     data.images = data.images.to(run.device)
     data.labels = data.labels.to(run.device)
     data.test_images = data.test_images.to(run.device)
@@ -321,7 +338,10 @@ def open_dataset(spec: str, data_dir: str, side: int, cache: Path) -> Dataset:
 
 
 def check(data: Dataset, side: int):
-    """The one door that every data set passes: labels become 0..K-1, sides at most 64."""
+    """The one door that every data set passes.
+
+    Labels become 0..K-1, colour that is none becomes grey, sides at most 64.
+    """
     x, y, x_test, y_test = data.tensors()
 
     def expect(ok, message):
@@ -331,21 +351,51 @@ def check(data: Dataset, side: int):
            "images and labels differ in number")
     expect(len(y) and len(y_test), "no images for training, or none for test")
     expect(x.shape[1:] == x_test.shape[1:], "training and test images differ in shape")
+    height, width = x.shape[2:]
+    expect(height and width, f"images of {height}x{width} pixels")
     values = y.unique()
     unknown = sorted(set(y_test.tolist()) - set(values.tolist()))
-    expect(not unknown, f"labels {unknown[:5]} are in test but not in training")
+    spoken = dict(enumerate(data.classes or []))
+    unknown = [spoken.get(value, value) for value in unknown[:5]]
+    expect(not unknown, f"labels {unknown} are in test but not in training")
     expect(len(values) > 1, "only one class; percentages need two or more")
     names = data.classes or values.tolist()
     if len(names) > len(values) and set(values.tolist()) <= set(range(len(names))):
         names = [names[value] for value in values.tolist()]     # some classes have no image
     expect(len(names) == len(values), f"{len(names)} names for {len(values)} classes")
 
-    data.classes = [str(name) for name in names]
+    data.name = readable(data.name)
+    data.classes = [readable(str(name)) for name in names]
     data.labels = torch.searchsorted(values, y)
     data.test_labels = torch.searchsorted(values, y_test)
-    if max(x.shape[2:]) > 64 or min(x.shape[2:]) < 16:
-        data.images = resize(x, (side, side))
-        data.test_images = resize(x_test, (side, side))
+    if is_grey(x) and is_grey(x_test):
+        x = to_grey(x)
+        x_test = to_grey(x_test)
+    if max(height, width) > 64 or min(height, width) < 16:
+        x = resize(x, side)
+        x_test = resize(x_test, side)
+        data.remarks.append(f"of images of {height}x{width} pixels, the middle squares are "
+                            f"scaled to {side}x{side}")
+    data.images = x
+    data.test_images = x_test
+
+
+def readable(name: str) -> str:
+    """A name that can be printed: bytes of a file name that are not UTF-8 are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def repeated_images(data: Dataset) -> list:
+    """Remarks on images that training has, and that should measure what it has learnt."""
+    pool, validation = split(data)
+    known = {hash(image.tobytes()) for image in data.images[pool].numpy()}
+    remarks = []
+    for part, images in (("validation", data.images[validation]), ("test", data.test_images)):
+        count = sum(hash(image.tobytes()) in known for image in images.numpy())
+        if count:
+            remarks.append(f"{count:,} of {len(images):,} {part} images are training images, "
+                           "too, pixel for pixel; they measure memory")
+    return remarks
 
 
 def torchvision_datasets():
@@ -363,9 +413,9 @@ def torchvision_dataset(name: str, root: str) -> Dataset:
     """One of torchvision.datasets, downloaded only if it is not on disk."""
     train = torchvision_part(name, root, train=True)
     test = torchvision_part(name, root, train=False)
+    images, _, _ = as_images(np.asarray(train.data), np.asarray(test.data))     # all are bytes
     tensors = []
-    for part in (train, test):
-        x = as_images(np.asarray(part.data))
+    for part, x in zip((train, test), images):
         if name.startswith("emnist"):   # its images are stored lying down
             x = x.transpose(2, 3).contiguous()
         y = part.labels if name == "stl10" else part.targets
@@ -397,98 +447,278 @@ def torchvision_part(name: str, root: str, train: bool):
 def npz_dataset(path: Path) -> Dataset:
     """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
     try:
+        require(path.is_file() or not path.exists(), "it is no regular file")
         with np.load(path, allow_pickle=False) as file:
             size = sum(part.file_size for part in file.zip.infolist())
             require_memory(2 * size, path)
-            x = as_images(file["x_train"])
-            x_test = as_images(file["x_test"])
-            y = as_labels(file["y_train"])
-            y_test = as_labels(file["y_test"])
-            classes = file["classes"].tolist() if "classes" in file.files else None
+            images, white, remarks = as_images(file["x_train"], file["x_test"])
+            labels, classes = as_labels(file["y_train"], file["y_test"])
+            if classes is None and "classes" in file.files:
+                classes = file["classes"].astype(str).tolist()
     except Exception as error:          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., "
                       "y_train=..., x_test=..., y_test=..., [classes=...])") from None
-    return Dataset(x, y, x_test, y_test, classes, path.stem)
+    return Dataset(images[0], labels[0], images[1], labels[1], classes, path.stem, white=white,
+                   remarks=remarks)
 
 
-def as_labels(array) -> torch.Tensor:
-    """An array of whole numbers -> int64 (N,)."""
-    require((array % 1 == 0).all(), "labels must be whole numbers")
-    return torch.from_numpy(array.astype(np.int64).reshape(-1))
+def as_labels(train, test):
+    """Arrays of labels -> int64 (N,) and (M,), and the classes, if labels are their names."""
+    y = np.concatenate([train, test], None)             # flat
+    classes = None
+    if y.dtype.kind in "US":
+        classes, y = np.unique(y.astype(str), return_inverse=True)
+        classes = list(classes)
+    require(y.dtype.kind in "buif" and (y % 1 == 0).all(),
+            "labels must be whole numbers, or names")
+    y = torch.from_numpy(y.astype(np.int64))
+    return y.split([train.size, test.size]), classes
 
 
-def as_images(array) -> torch.Tensor:
-    """An array of images -> uint8 (N,C,H,W). Pixels are in [0,1], or else in [0,255]."""
-    if array.ndim == 3:
-        array = array[:, None]
-    elif array.ndim == 4 and array.shape[3] in (1, 3):
-        array = array.transpose(0, 3, 1, 2)
-    require(array.ndim == 4 and array.shape[1] in (1, 3),
-            f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
-    if array.size and (array.dtype != np.uint8 or array.max() <= 1):
-        require(array.min() >= 0 and array.max() <= 255,
-                "pixels that are NaN or outside [0, 255]")
-        scale = 255.0 if array.max() <= 1 else 1.0
-        array = (array * scale).round().astype(np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(array))
+# ---- pixels: one rule for a whole data set --------------------------------------------------
 
+def as_images(*arrays):
+    """Arrays of images -> uint8 tensors (N,C,H,W), the white level of all, remarks."""
+    shaped = []
+    for array in arrays:
+        if array.ndim == 3:
+            array = array[:, None]
+        elif array.ndim == 4 and array.shape[3] in (1, 3):
+            array = array.transpose(0, 3, 1, 2)
+        require(array.ndim == 4 and array.shape[1] in (1, 3),
+                f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
+        shaped.append(array)
+    spans = [span_of(array) for array in shaped if array.size]
+    white, remarks = white_of(spans)
+    highest = [high for _, high, _ in spans]
+    require(white == 1 or not any(0 < high <= 1 for high in highest),
+            f"the highest pixels of training and test are {highest}; wanted one scale")
+    images = []
+    for array in shaped:
+        images.append(torch.from_numpy(np.ascontiguousarray(to_bytes(array, white))))
+    if all(array.dtype == np.uint8 for array in shaped):
+        white = 1
+    return images, white, remarks
+
+
+def span_of(pixels):
+    """The lowest and the highest of the pixels, and whether all are whole numbers."""
+    require(pixels.dtype.kind in "buif", f"pixels of type {pixels.dtype}; wanted numbers")
+    low = float(pixels.min())
+    high = float(pixels.max())
+    require(low >= 0 and high <= WHITES[-1],
+            f"pixels span {low:g} to {high:g}; wanted numbers in [0, 1], [0, 255] or up to "
+            "65535, and no NaN")
+    if pixels.dtype == np.uint8 and high > 1:
+        high = 255.0                    # whatever the images use of their range
+    return low, high, pixels.dtype.kind != "f" or not (pixels % 1).any()
+
+
+def white_of(spans, source="", white=1):
+    """The smallest usual white level, `white` at least, that holds all pixels; remarks.
+
+    Floats may exceed 1 or 255 by a quarter, as scaled images do: they are clipped.
+    """
+    if not spans:
+        return white, []
+    lows, highs, wholes = zip(*spans)
+    low = min(lows)
+    high = max(highs)
+    whole = all(wholes)
+    span = f"pixels span {low:g} to {high:.8g}"
+    known = whole or white > 1
+    require(known or not 1.25 < high < 25, f"{source}{span}; wanted [0, 1] or [0, 255]")
+    for level in WHITES:
+        most = level if whole or level > 255 else 1.25 * level
+        if level >= white and high <= most:
+            break
+    remarks = [] if high == level else [f"{span}, read as [0, {level}]"]
+    return level, remarks
+
+
+def to_bytes(pixels, white: int):
+    """Pixels in [0, white] -> uint8 in [0,255]."""
+    if pixels.dtype == np.uint8 and white == 255:
+        return pixels
+    return (pixels * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
+
+
+def is_grey(images) -> bool:
+    """Do no channels of (N,C,H,W) differ by more than 2 levels? JPEG files add so much."""
+    return all((part.amax(1) - part.amin(1)).max() <= 2 for part in images.split(1000))
+
+
+def to_grey(images):
+    """uint8 (N,C,H,W) -> (N,1,H,W), with the weights of ITU-R 601."""
+    if images.shape[1] == 1:
+        return images
+    weights = torch.tensor([19595, 38470, 7471])[:, None, None]         # of 2^16, as in PIL
+    parts = []
+    for part in images.split(1000):
+        total = (part * weights).sum(1, True) + 2**15
+        parts.append((total >> 16).byte())
+    return torch.cat(parts)
+
+
+def ground_of(images):
+    """The mean level (N,) of the top and bottom rows of images (N,C,H,W)."""
+    return images[:, :, [0, -1]].float().mean((1, 2, 3))
+
+
+def resize(images, side: int):
+    """uint8 (N,C,H,W) -> uint8 (N,C,side,side), the middle square of each, antialiased."""
+    square = min(images.shape[2:])
+    for axis in (2, 3):
+        margin = images.shape[axis] - square
+        images = images.narrow(axis, margin // 2, square)
+    parts = []
+    for part in images.split(1000):
+        part = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
+        parts.append(part.round().clamp(0, 255).byte())
+    return torch.cat(parts)
+
+
+# ---- folders of pictures --------------------------------------------------------------------
 
 def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
-    """root/train/<class>/* and root/test/<class>/*; or <class>/*, a fifth of it for test."""
-    datasets = torchvision_datasets()
-    folders = [folder for folder in (root / "train", root / "test") if folder.is_dir()]
-    require(folders != [root / "test"], f"{root}: there is test/ but no train/")
-
-    def is_image(file):
-        return file.lower().endswith(IMAGE_FILES)
-
-    try:
-        parts = [datasets.ImageFolder(str(folder), is_valid_file=is_image)
-                 for folder in folders or [root]]
-    except FileNotFoundError as error:
-        raise Mistake(f"{root}: {error}; wanted one subfolder a class, images in each"
-                      ) from None
-    classes = parts[0].classes
-    require(set(classes) >= set(parts[-1].classes),
-            f"{root}: test/ has classes that train/ has not")
+    """root/<class>/*, a fifth of it for test; or root/train/<class>/*, and so for test."""
+    left_out = []
+    samples = {"train": [], "validation": [], "test": []}
+    for part, folder in find_parts(root).items():
+        samples[part] = class_files(folder, left_out)
+    classes = sorted({name for _, name in samples["train"]})
     files = []
     labels = []
-    for part in parts:
-        for file, label in part.samples:
+    for part, pairs in samples.items():
+        unknown = {name for _, name in pairs} - set(classes)
+        require(not unknown, f"{root}: its {part} images have classes that the training "
+                f"images have not: {' '.join(sorted(unknown))}")
+        for file, name in pairs:
             files.append(file)
-            labels.append(classes.index(part.classes[label]))
+            labels.append(classes.index(name))
     labels = torch.tensor(labels)
-    images = read_once(files, side, cache, root)
-    if len(parts) == 2:
-        rows = torch.arange(len(files))
-        first, last = rows.split([len(parts[0].samples), len(parts[1].samples)])
-    else:                               # the fifth does not depend on --seed: test stays test
-        first, last = hold_out(labels, torch.arange(len(files)), 0.2)
-    return Dataset(images[first], labels[first], images[last], labels[last], classes,
-                   root.name)
+    images, white, remarks = read_once(files, side, cache, root)
+    if left_out:
+        counts = collections.Counter(left_out).most_common()
+        remarks.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in counts))
+
+    sizes = [len(pairs) for pairs in samples.values()]
+    first, validation, last = torch.arange(len(files)).split(sizes)
+    if not samples["test"]:             # the fifth does not depend on --seed: test stays test
+        first, last = hold_out(labels, first, 0.2)
+    rows = torch.cat([first, validation])
+    name = Path(os.path.abspath(root)).name             # of ".", too
+    data = Dataset(images[rows], labels[rows], images[last], labels[last], classes, name,
+                   white=white, remarks=remarks)
+    if samples["validation"]:
+        data.validation = torch.arange(len(first), len(rows))
+    return data
 
 
-def read_once(files: list, side: int, cache: Path, root: Path) -> torch.Tensor:
-    """uint8 (N,C,side,side) of picture files: decoded once, then mapped into memory."""
+def find_parts(root: Path) -> dict:
+    """{"train": a folder of classes, "test": ...}; of one without parts, {"train": root}."""
+    parts = {}
+    others = []
+    for folder in subfolders(root, []):
+        part = PARTS.get(folder.name.lower())
+        if part is None:
+            others.append(folder)
+        else:
+            other = parts.setdefault(part, folder)
+            require(other == folder, f"{root}: {other.name}/ and {folder.name}/ are either "
+                    f"both its {part} images, or two classes; rename one")
+    if not parts:
+        return {"train": root}
+    names = "/, ".join(folder.name for folder in parts.values())
+    classes = [folder.name for folder in others if pictures_in(folder, [])]
+    require(not classes, f"{root}: {names}/ beside {'/, '.join(classes)}/: either the former "
+            "are parts of the data set, and the latter should be elsewhere, or all are "
+            "classes; move or rename some")
+    require("train" in parts, f"{root}: there is {names}/ but no train/")
+    return parts
+
+
+def subfolders(folder: Path, left_out: list) -> list:
+    """The folders in a folder, by name, but for hidden ones."""
+    return [path for path in sorted(folder.iterdir())
+            if path.is_dir() and not is_hidden(path, left_out)]
+
+
+def is_hidden(path: Path, left_out: list) -> bool:
+    """Is it what systems put beside pictures, or a folder of our results, which is noted?"""
+    if path.name.startswith(".") or path.name.lower() in HIDDEN:
+        return True
+    # Where a script has worked is a .lock; by default that is a folder in runs/.
+    ours = (path / ".lock").exists() or path.name == "runs" and any(path.glob("*/.lock"))
+    if ours:
+        left_out.append(f"{path.name}/ with results")
+    return ours
+
+
+def is_picture(path: Path) -> bool:
+    return path.name.lower().endswith(IMAGE_FILES)
+
+
+def pictures_in(folder: Path, left_out: list) -> list:
+    """The picture files below a folder, in order; the endings of others go to `left_out`."""
+    files = []
+    for path in folder.iterdir():
+        if is_hidden(path, left_out):
+            continue
+        if path.is_dir():
+            files += pictures_in(path, left_out)
+        elif is_picture(path):
+            files.append(str(path))
+        else:
+            left_out.append(path.suffix.lower() or path.name)
+    return sorted(files, key=os.path.split)
+
+
+def class_files(folder: Path, left_out: list) -> list:
+    """(file, class) of each picture in a folder of classes."""
+    samples = []
+    for path in subfolders(folder, left_out):
+        files = pictures_in(path, left_out)
+        require(files, f"{folder}: no pictures in {path.name}/; remove it, or add "
+                f"some ({' '.join(IMAGE_FILES)})")
+        samples += [(file, path.name) for file in files]
+    require(samples, f"{folder}: no classes; wanted one subfolder a class, images in each")
+    left_out += ["pictures in no class" for path in folder.iterdir() if is_picture(path)]
+    return samples
+
+
+def read_once(files: list, side: int, cache: Path, root: Path):
+    """uint8 (N,C,side,side) of pictures, their white level, remarks.
+
+    Decoded once, then mapped into memory.
+    """
     stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
     mark = fingerprint(json.dumps([FORMAT, side, stats]).encode())
-    stored = cache / f"images-{mark}.npy"
-    if not stored.exists():
+    folder = fingerprint(os.fsencode(root.resolve()))
+    remarks = []
+    older = list(cache.glob(f"images-{folder}-*.npy"))
+    stored = next(cache.glob(f"images-{folder}-{mark}-*.npy"), None)
+    if stored is None:
         print(f"reading {len(files):,} images", file=sys.stderr)
-        grey = all(is_grey(file) for file in files)
-        shape = (len(files), 1 if grey else 3, side, side)
-        require_memory(2 * math.prod(shape), root)
+        white, remarks = white_of(deep_spans(files), f"{root}: ")
+        require_memory(2 * len(files) * 3 * side**2, root)
+        images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+        for row, file in enumerate(files):
+            images[row] = torch.from_numpy(read_image(file, (side, side), white))
+        if is_grey(images):
+            images = to_grey(images)
+        stored = cache / f"images-{folder}-{mark}-{white}.npy"
         temporary = cache / f"images.{RANK}.tmp"
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         try:
             with temporary.open("wb") as out:
-                np.lib.format.write_array_header_1_0(out, header)
-                for file in files:
-                    out.write(read_image(file, side, grey).tobytes())
+                np.save(out, images.numpy())
             os.replace(temporary, stored)
         finally:
             temporary.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(stored, mmap_mode="c"))
+        for path in older:              # of the folder as it was
+            path.unlink(missing_ok=True)
+    white = int(stored.stem.split("-")[-1])
+    return torch.from_numpy(np.load(stored, mmap_mode="c")), white, remarks
 
 
 # ---- pictures -------------------------------------------------------------------------------
@@ -498,58 +728,78 @@ def open_picture(path):
     """A PIL image; whatever is wrong with the file becomes one line that names it."""
     from PIL import Image
     try:
-        with Image.open(path) as picture:
-            yield picture
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        require(os.path.isfile(path), "it is no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                size = os.path.getsize(path)
+                require(math.prod(picture.size) < max(2**24, 2000 * size),
+                        f"it claims {picture.size} pixels in {size} bytes")
+                yield picture
+    except Exception as error:          # PIL, zlib and struct have many
         raise Mistake(f"{path} cannot be read as an image ({error}); mend or remove it"
                       ) from None
 
 
-def is_grey(path) -> bool:
-    with open_picture(path) as picture:
-        return picture.mode[0] in "1LIF"
+def deep_spans(files) -> list:
+    """`span_of` each picture that has more than 8 bits."""
+    spans = []
+    for file in files:
+        with open_picture(file) as picture:
+            if picture.mode[0] in "IF":
+                spans.append(span_of(np.asarray(picture)))
+    return spans
 
 
-def read_image(path, side: int, grey=False):
-    """The middle square of a picture, uint8 (C,side,side), upright, on white."""
+def read_image(path, size, white=65535):
+    """A picture, upright, on white, at size (height, width): uint8 RGB (3,H,W).
+
+    One of that size goes through untouched; of any other the middle part of these
+    proportions is scaled. `white` is that of pictures with more than 8 bits.
+    """
     from PIL import Image, ImageOps
+    height, width = size
+    reach = 2 * max(size)
     with open_picture(path) as picture:
-        picture.draft(None, (2 * side, 2 * side))    # large JPEGs are decoded at reduced scale
-        if picture.mode[0] in "IF":                     # 16 bits: keep the high byte
-            deep = np.asarray(picture, dtype=np.float32) / 257
-            picture = Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
-        picture = ImageOps.exif_transpose(picture)
+        picture.draft(None, (reach, reach))             # large JPEGs are decoded smaller
+        picture.load()
+        turn = UPRIGHT.get(picture.getexif().get(0x0112))       # PIL has turned TIFFs already
+        if picture.mode[0] in "IF":
+            picture = Image.fromarray(to_bytes(np.asarray(picture), white))
+        if turn:
+            picture = picture.transpose(Image.Transpose[turn])
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        picture = picture.convert("L" if grey else "RGB")
-        picture = ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
-    array = np.asarray(picture)
-    return array[None] if grey else array.transpose(2, 0, 1)
+            ground = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(ground, picture)
+        picture = picture.convert("RGB")
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
 def read_like(path, facts: dict):
-    """A picture at a data set's side, channels, polarity -> uint8 (1,C,H,W), what was done."""
+    """A picture as those of a data set are -> uint8 (1,C,H,W), what was done."""
     channels, height, width = facts["shape"]
-    grey = channels == 1
-    image = torch.from_numpy(read_image(path, max(height, width), grey).copy())[None]
-    if height != width:
-        image = resize(image, (height, width))
-    report = f"{path}: {'grey' if grey else 'RGB'}, {height}x{width}"
-    light = image[..., [0, -1], :].float().mean().item() > 127
-    if grey and abs(light - facts["light"]) > 0.95:     # ink on paper, and the set is chalk
-        return 255 - image, report + ", inverted to the data set's background"
-    return image, report
+    white, remarks = white_of(deep_spans([path]), f"{path}: ", facts.get("white", 1))
+    image = torch.from_numpy(read_image(path, (height, width), white))[None]
+    kind = "RGB"
+    if channels == 1:
+        kind = "grey"
+        image = to_grey(image)
+        ground = ground_of(image).item()
+        # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
+        if distance(255 - ground, facts) + 64 < distance(ground, facts):
+            image = 255 - image
+            remarks.append("inverted to the data set's background")
+    return image, ", ".join([f"{path}: {kind}, {height}x{width}", *remarks])
 
 
-def resize(images, size):
-    """uint8 (N,C,H,W) -> uint8 (N,C,*size), antialiased."""
-    parts = []
-    for part in images.split(1000):
-        part = F.interpolate(part.float(), size, mode="bilinear", antialias=True)
-        parts.append(part.round().clamp(0, 255).byte())
-    return torch.cat(parts)
+def distance(level, facts: dict) -> float:
+    """From a level to the nearest ground of a data set's images."""
+    grounds = facts.get("ground")
+    if grounds is None:                 # older files have the share of light grounds only
+        grounds = [ground for ground in (0, 255) if abs(facts["light"] - ground / 255) < 0.95]
+    return min(abs(level - ground) for ground in grounds)
 
 
 # ---- rows: which images train, which choose -------------------------------------------------
@@ -598,9 +848,20 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     parts = []
     for part in shuffled_classes(data.labels.cpu(), pool, seed // subsets):
         parts.append(part.roll(-(seed % subsets) * len(part) // subsets))
+    if n < len(parts):                  # not the first classes every time
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        parts = [parts[c] for c in order]
     place = torch.cat([torch.arange(len(part)) for part in parts])
     turn = place.argsort(stable=True)   # the first of each class, then the second of each, ...
     return torch.cat(parts)[turn][:n]
+
+
+def say_if_few(n: int, data: Dataset):
+    """A word on subsets that have no image of some classes."""
+    classes = len(data.classes)
+    if n < classes and RANK == 0:
+        print(f"{n} images for {classes} classes: --seed draws which have one",
+              file=sys.stderr)
 
 
 # ---- files ----------------------------------------------------------------------------------

@@ -530,6 +530,7 @@ def plan(run, args) -> Grid:
                    "train on")
     if max(args.sizes) > len(pool):
         print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
+    common.say_if_few(sizes[0], data)
     recipes = {}
     for n in sizes:
         recipes[n] = {

@@ -266,6 +266,7 @@ def command(run, args):
     rows, validation = common.split(data)
     if args.images is not None:
         rows = common.subset(data, rows, args.images, args.seed)
+        common.say_if_few(args.images, data)
     images = data.images[rows.to(run.device)]
     validation = data.images[validation.to(run.device)]
     torch.manual_seed(args.seed)                        # the initial weights
