@@ -36,7 +36,8 @@ hybrids_settings := $(LATER) $(HYBRID_FLAGS)
 cnn_settings     := $(LATER) $(STEP)
 compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) $(STEP) $(COMPARE_FLAGS)
 
-.DELETE_ON_ERROR:
+# The scripts write these whole, as the last thing: nothing that happens later makes them worse.
+.PRECIOUS: $(addprefix $(OUT)/,vae.pt latent.pt hybrids.pt cnn.pt compare.json)
 .PHONY: all quick test test-slow bench clean help evidence FORCE
 
 all: $(OUT)/compare.json
@@ -57,8 +58,14 @@ $(OUT)/cnn.pt: cnn.py $(OUT)/hybrids.pt $(OUT)/.cnn.stamp | $(READY)
 $(OUT)/compare.json: compare.py $(OUT)/cnn.pt $(OUT)/.compare.stamp | $(READY)
 	$(PYTHON) compare.py $(compare_settings)
 
-$(OUT)/.%.stamp: FORCE
+# One make at a time works in a folder. The file holds its number; one that has ended is no bar.
+$(OUT)/.make: FORCE
 	@mkdir -p $(OUT)
+	@if ps -o comm= -p "`cat $@ 2>&1`" 2>&1 | grep -q 'make$$'; then \
+	  echo 'another make works in $(OUT); wait for it' >&2; exit 1; fi; \
+	rm -f $@; echo $$PPID > $@
+
+$(OUT)/.%.stamp: FORCE | $(OUT)/.make
 	@echo '$($*_settings)' | cmp -s - $@ || echo '$($*_settings)' > $@
 
 quick:

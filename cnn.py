@@ -6,8 +6,9 @@
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
 Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids.
-Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it works.
+Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt until compare.py has run.
 """
+import copy
 import csv
 import math
 import sys
@@ -81,7 +82,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
     first = 0
     if state:
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
         generator.set_state(state["generator"])
         first = state["step"]
     ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
@@ -109,9 +110,9 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
                                      f"{end}; lower the learning rate, or use --no-amp")
         yield {"step": end, "loss": mean,
                "images_per_second": len(x) * (end - first) / seconds,
-               "state": {"step": end, "model": model.state_dict(),
-                         "optimiser": optimiser.state_dict(),
-                         "generator": generator.get_state()}}
+               "state": copy.deepcopy({"step": end, "model": model.state_dict(),
+                                       "optimiser": optimiser.state_dict()["state"],
+                                       "generator": generator.get_state()})}
         first = end
 
 
@@ -340,7 +341,7 @@ def draw_confusion(axes, q, y, classes):
 def answer(run, path):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
-    saved = common.load(run, "cnn")
+    saved = common.load(run, "cnn", restore=CNN.restore)
     model = CNN.restore(saved)
     classes = saved["dataset"]["classes"]
     if not path.is_dir():
@@ -405,7 +406,7 @@ def command(run, args):
     real = (data.images[rows], F.one_hot(data.labels[rows], classes).float())
     hybrids = None
     if uses_hybrids:
-        saved = common.load(run, "hybrids", run.device)
+        saved = common.load(run, "hybrids", run.device, like=upstream)
         hybrids = (saved["images"], saved["q"])
         sources.append(run.out / "hybrids.pt")
 
@@ -420,7 +421,7 @@ def command(run, args):
     next_batch = batches(real, size, hybrids, mixer(args), share, transforms)
 
     marks = [common.fingerprint(source) for source in sources]
-    last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, made_from=marks)
+    last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, net, made_from=marks)
     for row in fit(net, next_batch, steps=args.steps, lr=args.lr, amp=run.amp,
                    weight_decay=args.weight_decay, generator=generator, state=last.state):
         if common.RANK == 0:            # the first rank reports and writes
@@ -433,11 +434,10 @@ def command(run, args):
     q = predict(model, data.test_images, run.amp).softmax(1)
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
                "real_images": len(rows)}
-    common.write(run.out / "cnn.png",
-                 draw(last.history, q.cpu(), data.test_labels.cpu(), data.classes))
+    common.write(run.out / "cnn.png", draw(last.history, q.cpu(), data.test_labels.cpu(),
+                                           common.legible(data.classes)))
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
                 model=model.cpu().state_dict())
-    last.remove()
     print(f"{len(rows):,} real images, {average:.0%} hybrids on average; on {len(q):,} test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))

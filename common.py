@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -112,23 +113,28 @@ def number(kind, low, high=math.inf):
 def run_script(command, args) -> int:
     """command(run, args) -> 0; a mistake in one line -> 2; an interruption -> 130."""
     run = None
-    try:
-        run = start(args)
-        command(run, args)
-        return 0
-    except (KeyboardInterrupt, BrokenPipeError):        # or the reader of a pipe has gone
-        message = "interrupted; what was finished is kept"
-        code = 130
-    except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        message = explain(error, args.out)
-        code = 2
-        if message is None:
-            raise
-    finally:
-        if run:
-            run.release()
-    print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    with own_streams(output_needed=not args.writes):
+        try:
+            run = start(args)
+            command(run, args)
+            return 0
+        except KeyboardInterrupt:
+            if Path(sys.argv[0]).name == args.script:   # not so a notebook, which goes on
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            message = "interrupted; what was finished is kept"
+            code = 130
+        except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, BrokenPipeError) and not args.writes:
+                return 0                # the reader has enough
+            message = explain(error, args.out)
+            code = 2
+            if message is None:
+                raise
+        finally:
+            if run:
+                run.release()
+        print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
+        return code
 
 
 def explain(error, out) -> str | None:
@@ -146,17 +152,55 @@ def explain(error, out) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def own_streams(output_needed):
+    """Standard output and error on which no result depends, unless output is the result."""
+    output = Stream(sys.stdout, output_needed)
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(Stream(sys.stderr)):
+        yield
+
+
+class Stream:
+    """What a full disk or a reader that has gone does not take is dropped; or, if it is
+    needed, an error. What the encoding lacks is escaped.
+    """
+
+    def __init__(self, stream, needed=False):
+        self.stream = stream or open(os.devnull, "w")           # None is a closed one
+        self.needed = needed
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()         # Python would do it later, and complain
+        except OSError:                 # this text, and all that follows, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.needed:
+                raise
+
+
 # ---- a run: its folder, device and arithmetic -----------------------------------------------
+
+def whole_number(variable, otherwise):
+    """The value of an environment variable."""
+    try:
+        return int(os.environ[variable])
+    except (KeyError, ValueError):
+        return otherwise
+
 
 def torchrun_rank():
     """This process and how many there are: 0 and 1, unless torchrun or its like started it."""
-    try:
-        rank = int(os.environ["RANK"])
-        ranks = int(os.environ["WORLD_SIZE"])
-        os.environ["MASTER_ADDR"]       # batch systems set the other two without it
-    except (KeyError, ValueError):
-        return 0, 1
-    return rank, ranks
+    rank = whole_number("RANK", -1)
+    ranks = whole_number("WORLD_SIZE", 1)
+    # Batch systems set some of the variables, but not those by which ranks would meet.
+    meet = os.environ.get("MASTER_ADDR") and whole_number("MASTER_PORT", 0)
+    return (rank, ranks) if meet and 0 <= rank < ranks else (0, 1)
 
 
 RANK, RANKS = torchrun_rank()
@@ -193,6 +237,7 @@ def start(args) -> Run:
     out.mkdir(parents=True, exist_ok=True)
     cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
     torch.set_num_threads(args.threads or cores)
+    os.environ.pop("MPLBACKEND", None)  # figures need none, and a wrong one ends the import
     keep_freed_memory()
     device = choose_device(args.device)
     amp = bfloat16_is_fast(device) if args.amp is None else args.amp
@@ -209,8 +254,8 @@ def settings(args) -> dict:
 
 def lock_folder(out: Path) -> list:
     """One run at a time works in a folder; torchrun's ranks are one run -> files to close."""
-    shared = (out / ".lock").open("w")
-    own = (out / f".lock-{RANK}").open("w")
+    shared = open(out / ".lock", "w", opener=in_place)
+    own = open(out / f".lock-{RANK}", "w", opener=in_place)
     try:
         import fcntl
         alone = fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH
@@ -244,7 +289,7 @@ def choose_device(name: str) -> torch.device:
     require(there[name], f"--device {name}: there is none here; use --device cpu")
     if name != "cuda":
         return torch.device(name)
-    card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    card = whole_number("LOCAL_RANK", 0) % torch.cuda.device_count()
     return torch.device("cuda", card)
 
 
@@ -870,10 +915,29 @@ def write(path: Path, content):
     """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(as_bytes(content, path.suffix))
+        with create(temporary) as file:
+            file.write(as_bytes(content, path.suffix))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create(path: Path):
+    """A new file in place of what was there, to write bytes to; no link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def in_place(path, flags):
+    """An opener for files that stay: it follows no link and waits for no pipe."""
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)   # not on Windows
+    return os.open(path, flags | careful, 0o666)
+
+
+def require_regular(path):
+    """Refuse a pipe or a device, which would keep its reader waiting; it may be absent."""
+    path = Path(path)
+    require(path.is_file() or not path.exists(), f"{path} is no regular file; remove it")
 
 
 def as_bytes(content, suffix: str):
@@ -881,7 +945,7 @@ def as_bytes(content, suffix: str):
     if suffix == ".json":
         return json.dumps(content, indent=1, allow_nan=False).encode()
     if suffix == ".csv":
-        return content.encode()
+        return content.encode(errors="backslashreplace")
     buffer = io.BytesIO()
     if suffix == ".png":
         content.savefig(buffer, format="png")
@@ -892,8 +956,10 @@ def as_bytes(content, suffix: str):
 
 def fingerprint(source: Path | bytes) -> str:
     """16 hexadecimal digits that tell one file, or one content, from another."""
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    return hashlib.sha256(content).hexdigest()[:16]
+    if isinstance(source, Path):
+        require_regular(source)
+        source = source.read_bytes()
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **content):
@@ -908,13 +974,17 @@ def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **con
 
 def read(path: Path, device="cpu") -> dict:
     """A .pt file of plain tensors; raises where a bit has changed, which torch overlooks."""
+    require_regular(path)
     with zipfile.ZipFile(path) as file:
         require(not file.testzip(), f"{path} is damaged")
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def load(run: Run, kind: str, device="cpu") -> dict:
-    """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the remedy."""
+def load(run: Run, kind: str, device="cpu", restore=None, like=None) -> dict:
+    """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the remedy.
+
+    `restore` has to succeed with the content; `like` is a loaded file of the same sizes.
+    """
     path = run.out / f"{kind}.pt"
     remedy = f"make it with: {command_for(run, path.name)}"
     require(path.exists(), f"{path} not found; {remedy}")
@@ -932,7 +1002,70 @@ def load(run: Run, kind: str, device="cpu") -> dict:
         source = run.out / f"{stem}.pt"
         require(not source.exists() or fingerprint(source) == mark,
                 f"{path} was made from another {stem}.pt; {remedy}")
+    try:
+        saved["sizes"] = check_content(saved, like["sizes"] if like else {})
+        if restore:
+            restore(saved)
+    except Exception:                   # whatever a missing or a strange part leads to
+        raise Mistake(f"{path} is damaged; {remedy}") from None
     return saved
+
+
+# What a file must hold: place, type, lowest and highest number, and the names of its sizes.
+FINITE = "float32 -1e38 1e38"
+SHARES = "float32 0 1"                  # they sum to one
+POSITIVE = "float32 1e-30 1e38"
+CONTENT = {
+    "dataset": ["dataset/light float32 0.0 1.0", "dataset/image_size int64 1 1000"],
+    "vae": ["rows int64 0 last_row N", "config/channels int64 C C", "config/height int64 H H",
+            "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D"],
+    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 0 last_class N"],
+    "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K"],
+    "cnn": ["config/channels int64 C C", "config/classes int64 K K"]}
+for place in ("teaching", "calibrated/aggregate"):
+    CONTENT["latent"] += [
+        f"{place}/mu {FINITE} {place} D", f"{place}/variance {POSITIVE} {place} D",
+        f"{place}/counts int64 0 {place} K", f"{place}/prior {SHARES} K",
+        f"{place}/temperature {POSITIVE}", f"{place}/log_floor float32 -inf 1e38",
+        f"{place}/image_floor float32 -inf 1e38"]
+
+
+def check_content(saved: dict, sizes: dict) -> dict:
+    """Raise where a file does not hold what it must -> its sizes by name, with those given."""
+    facts = saved["dataset"]
+    channels, height, width = facts["shape"]
+    classes = len(facts["classes"])
+    sizes = {"C": channels, "H": height, "W": width, "K": classes, "last_class": classes - 1,
+             "last_row": facts["images"] - 1, **sizes}
+    require(isinstance(facts["spec"] + facts["data_dir"] + facts["fingerprint"], str), "words")
+    form(saved.get("model", {}))
+    for part in CONTENT["dataset"] + CONTENT[saved["kind"]]:
+        place, dtype, low, high, *names = part.split()
+        x = saved
+        for key in place.split("/"):
+            x = x[key]
+        x = torch.as_tensor(x)
+        for name, size in zip(names, x.shape, strict=True):
+            require(sizes.setdefault(name, size) == size, place)
+        low = float(sizes.get(low, low))
+        high = float(sizes.get(high, high))
+        require(str(x.dtype) == f"torch.{dtype}" and low <= x.min() <= x.max() <= high + 1e-3,
+                place)
+        if SHARES in part:
+            require((x.sum(-1) - 1).abs().max() < 1e-3, place)
+        if place.endswith("counts"):
+            require(x.sum() == high, place)
+    return sizes
+
+
+def form(content):
+    """Shapes and types in nested dicts of tensors; raises where a number is not finite."""
+    if isinstance(content, dict):
+        return {key: form(value) for key, value in content.items()}
+    if not torch.is_tensor(content):
+        return type(content)
+    require(content.isfinite().all(), "not finite")
+    return content.shape, content.dtype
 
 
 def command_for(run: Run, name: str) -> str:
@@ -1017,13 +1150,13 @@ class Progress:
         self.first = done
         self.start = time.monotonic()
         if log and not done:
-            log.write_text("")
+            open(log, "w", opener=in_place).close()
 
     def __call__(self, done, words="", **row):
         if not self.quiet:
             self.show(done, words)
         if self.log:                    # rates and times, which differ from run to run
-            with self.log.open("a") as file:
+            with open(self.log, "a", opener=in_place) as file:
                 file.write(json.dumps({"step": done, **row}) + "\n")
 
     def show(self, done, words):
@@ -1059,10 +1192,11 @@ class Checkpoint:
     """OUT/<name>.last.pt: unfinished training, written after every round, read by --resume.
 
     `state` and `history` are those of the last round, or None and []; work of other settings
-    or other `facts`, or damaged, is as good as none.
+    or other `facts`, or that does not fit `model`, is as good as none.
     """
 
-    def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
+    def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, model,
+                 **facts):
         script = Path(__file__).with_name(f"{name}.py")
         self.path = run.out / f"{name}.last.pt"
         self.facts = {**facts, "amp": run.amp, "device": run.device.type,
@@ -1071,15 +1205,24 @@ class Checkpoint:
         self.state = None
         self.history = []
         if resume and self.path.exists():
-            self.restore()
+            self.restore(model, run.device)
         done = self.state["step"] if self.state else 0
         self.progress = Progress(steps, name, run.quiet, done, run.out / f"{name}.log.jsonl")
 
-    def restore(self):
+    def restore(self, model, device):
         """Take up the work in the file, if it fits."""
+        generator = torch.Generator(device)
+        moments = {}                    # Adam's, of each parameter
+        for k, weight in enumerate(model.parameters()):
+            moments[k] = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+        example = {"step": 0, "model": model.state_dict(), "optimiser": moments,
+                   "generator": generator.get_state()}
         try:
             saved = read(self.path)
             fits = RANKS == 1 and all(saved[key] == self.facts[key] for key in self.facts)
+            fits = fits and form(saved["state"]) == form(example)
+            fits = fits and saved["state"]["step"] == saved["history"][-1]["step"]
+            generator.set_state(saved["state"]["generator"])
         except Exception:               # zip, pickle and torch each have their own errors
             fits = False
         if fits:
@@ -1097,15 +1240,20 @@ class Checkpoint:
                              if key not in ("state", "images_per_second")})
         write(self.path, {**self.facts, "state": self.state, "history": self.history})
 
-    def remove(self):
-        self.path.unlink(missing_ok=True)
+
+def drop_checkpoint(run: Run, name: str):
+    """Remove <name>.last.pt as the next step begins, unless it is of work after <name>.pt."""
+    last = run.out / f"{name}.last.pt"
+    stem = run.out / f"{name}.pt"
+    if last.exists() and stem.exists() and last.stat().st_mtime <= stem.stat().st_mtime:
+        last.unlink()
 
 
 def distribute(model, run: Run, batch_size: int):
     """-> a model that averages gradients over ranks, this rank's batch size and generator."""
     require(batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
     if RANKS > 1:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here = whole_number("LOCAL_WORLD_SIZE", 1)
         card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
         torch.distributed.init_process_group("nccl" if card_each else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -1124,8 +1272,19 @@ MARKERS = "osD^vP*Xhd"
 def figure(width=10.0, height=5.0):
     """A matplotlib Figure by itself: no pyplot, no display. Inches."""
     import matplotlib.figure
-    matplotlib.rcParams["text.parse_math"] = False      # "$5" is a class, not a formula
     return matplotlib.figure.Figure((width, height), layout="constrained", dpi=130)
+
+
+def legible(names: list) -> list:
+    """Names as figures can show them: what the font lacks is escaped, "$" is no formula."""
+    from matplotlib import font_manager as fonts
+    bold = fonts.findfont(fonts.FontProperties(weight="bold"))  # it lacks more than the plain
+    known = fonts.get_font(bold).get_charmap()
+
+    def shown(letter):
+        return letter if ord(letter) in known else ascii(letter)[1:-1]
+
+    return ["".join(map(shown, name)).replace("$", r"\$") for name in names]
 
 
 def tidy(axes, title, x=None, y=None):

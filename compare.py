@@ -75,6 +75,10 @@ BATCH = 64
 POOL = 50_000                           # most hybrids of a cell
 UNLABELLED = 20_000                     # most images that labels are spread to
 VIEWS = 9                            # augmented ones of a grey image, for augment+hybrid's VAE
+# What a row says of a classifier, and the highest value that each can have.
+SCORES = {"accuracy": 1, "balanced_accuracy": 1, "nll": 28, "brier": 2.01, "ece": 1.01,
+          "temperature": 16, "scaled_nll": 28, "scaled_ece": 1.01, "noise": 1, "blur": 1,
+          "shift": 1}
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 
 
@@ -235,22 +239,28 @@ class Grid(NamedTuple):
 
     def missing(self, unit) -> list:
         """The arms of a unit that have no cell yet."""
-        return [arm for arm in self.arms if read_cell(self.cell(*unit, arm)) is None]
+        return [arm for arm in self.arms
+                if read_cell(self.cell(*unit, arm), *unit, arm) is None]
 
     def rows(self) -> list:
         """The finished cells, by size, subset and arm."""
         cells = itertools.product(sorted(self.recipes), self.seeds, self.arms)
-        rows = [read_cell(self.cell(*cell)) for cell in cells]
+        rows = [read_cell(self.cell(*cell), *cell) for cell in cells]
         return [row for row in rows if row is not None]
 
 
-def read_cell(file: Path):
-    """The row of a cell; None where there is none, or a bit of it has changed."""
+def read_cell(file: Path, n: int, seed: int, arm: str):
+    """The row of a cell; None where there is none, or it is not what was written."""
     try:
+        common.require_regular(file)
         row, mark = json.loads(file.read_text())
-        return row if mark == common.fingerprint(json.dumps(row).encode()) else None
-    except (OSError, ValueError, TypeError):
+        asked = {"n": n, "seed": seed, "arm": arm, "sources": int(row["sources"])}
+        fits = (mark == common.fingerprint(json.dumps(row).encode())
+                and row == {**row, **asked} and [*row] == [*asked, *SCORES]
+                and all(0 <= row[key] <= SCORES[key] for key in SCORES))
+    except Exception:                   # there are many ways to be no cell
         return None
+    return row if fits else None
 
 
 def write_cell(file: Path, row: dict):
@@ -333,6 +343,7 @@ def run_unit(unit, grid: Grid, shared=None):
 def start_worker(threads):
     """A process of the grid: so many threads, and no life after its parent's."""
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
     parent = torch.multiprocessing.parent_process()
 
     def follow():
@@ -581,7 +592,8 @@ def curves(left, right, table, rows, grid: Grid):
     right.axhline(0, color="black", lw=0.8)
     all_seen = recipe["vae_data"] == "all"
     images = "labelled images" if all_seen else "real images"
-    common.tidy(left, f"How accurate? ({grid.data.name})", images,
+    name, = common.legible([grid.data.name])
+    common.tidy(left, f"How accurate? ({name})", images,
                 f"{recipe['score']} accuracy, %")
     common.tidy(right, "How much better than real images alone?", images,
                 "paired difference, points")
@@ -631,8 +643,8 @@ def summary(run, table, rows, grid: Grid):
     """The run on one sheet: map, hybrids, curves; None where the chain has not run."""
     facts = grid.data.facts()
     try:
-        codes = common.load(run, "latent")
-        made = common.load(run, "hybrids")
+        codes = common.load(run, "latent", restore=latent.best_calibrated)
+        made = common.load(run, "hybrids", like=codes)
     except common.Mistake:
         return None
     if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
@@ -642,10 +654,11 @@ def summary(run, table, rows, grid: Grid):
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.25])
     sheet.suptitle("Do hybrid images help?  " + "\n".join(answers(table)), fontsize=12,
                    fontweight="bold")
-    hybrids.gallery(right, made["images"], made["q"], facts["classes"], 3, 6)
+    classes = common.legible(facts["classes"])
+    hybrids.gallery(right, made["images"], made["q"], classes, 3, 6)
     curves(*bottom.subplots(1, 2), table, rows, grid)
-    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], facts["classes"],
-                    latent.Aggregate(**codes["calibrated"]["aggregate"]),
+    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], classes,
+                    latent.best_calibrated(codes),
                     torch.Generator().manual_seed(run.seed))
     return sheet
 
@@ -705,6 +718,8 @@ def publish(run, grid: Grid, failed):
     pictures = [name for name in steps if (run.out / f"{name}.png").exists()]
     print(f"pictures in {run.out}:", *(f"{name}.png" for name in pictures))
     print(*answers(table), sep="\n")
+    if failed:
+        os.utime(run.out / "compare.json", (0, 0))      # so old that make begins it again
     common.require(not failed, f"{len(failed)} subsets are incomplete; run it again")
 
 
@@ -715,6 +730,7 @@ def command(run, args):
                   if grid.missing((n, seed))]
     else:
         failed = train_missing(run, args, grid)
+    common.drop_checkpoint(run, "cnn")
     if common.RANKS > 1:
         amp = "--amp" if run.amp else "--no-amp"
         print(f"rank {common.RANK} has finished; then: python compare.py with the same flags "

@@ -364,22 +364,46 @@ def draw(x, q, strip, strip_q, classes):
     return fig
 
 
+def earlier_export(folder) -> list:
+    """The pictures in a folder that holds an earlier export and nothing else, or nothing."""
+    import common
+    manifest = folder / "labels.csv"
+    ours = {manifest}
+    if manifest.is_file():
+        text = manifest.read_text("utf-8", "replace")
+        names = re.findall(r"^\d{3}-[\w-]*/\d{6,}\.png(?=,)", text, re.MULTILINE)
+        ours.update(folder / name for name in names)
+    pictures = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            common.require(path in ours and not path.is_symlink(), f"{path} is not of an "
+                           "earlier export; --export takes a new or an empty folder")
+            if path != manifest:
+                pictures.append(path)
+    return pictures
+
+
 def export(folder, x, q, classes):
-    """PNG files in the folder of their likeliest class -> the CSV of their percentages."""
+    """PNG files in the folder of their likeliest class, percentages in labels.csv."""
+    import common
     from PIL import Image
-    for old in folder.glob("[0-9][0-9][0-9]-*/[0-9]*.png"):     # of an earlier export
-        old.unlink()
+    folders = []
+    for k, name in enumerate(classes):
+        folders.append(f"{k:03}-" + re.sub(r"[^\w-]", "_", name)[:50])
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["file", *classes])
-    folders = [f"{k:03}-" + re.sub(r"[^\w-]", "_", name) for k, name in enumerate(classes)]
-    for k, (image, row) in enumerate(zip(x.cpu(), q.cpu())):
-        name = f"{folders[int(row.argmax())]}/{k:06}.png"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    names = []
+    for k, row in enumerate(q):
+        names.append(f"{folders[int(row.argmax())]}/{k:06}.png")
+        table.writerow([names[-1]] + [f"{p:.5f}" for p in row.tolist()])
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write(folder / "labels.csv", text.getvalue())        # first: it says what is ours
+    for image, name in zip(x, names):
+        (folder / name).parent.mkdir(exist_ok=True)
         pixels = image.permute(1, 2, 0).squeeze(2).numpy()
-        Image.fromarray(pixels).save(folder / name)
-        table.writerow([name] + [f"{p:.5f}" for p in row.tolist()])
-    return text.getvalue()
+        with common.create(folder / name) as file:
+            Image.fromarray(pixels).save(file, "png")
 
 
 def walk(codes, generator, steps=9) -> Points:
@@ -394,8 +418,9 @@ def command(run, args):
     import common
     from latent import Codes
     from vae import VAE, decode_all, encode_all
-    upstream = common.load(run, "vae", run.device)
-    codes = Codes.restore(common.load(run, "latent", run.device))
+    earlier = earlier_export(args.export) if args.export else []
+    upstream = common.load(run, "vae", run.device, VAE.restore)
+    codes = Codes.restore(common.load(run, "latent", run.device, Codes.restore, upstream))
     model = VAE.restore(upstream, run.device)
     data = common.load_dataset(run, upstream)
     images = data.images[upstream["rows"].to(run.device)]
@@ -422,7 +447,8 @@ def command(run, args):
     strip_x, strip_q = make(strip, codes, images, decode, rule=args.label,
                             residual=args.residual, pixels=0, cut=False, generator=generator)
     common.write(run.out / "hybrids.png",
-                 draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(), data.classes))
+                 draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(),
+                      common.legible(data.classes)))
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
     common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=x.cpu(), q=q.cpu(),
                 z=points.z.cpu())
@@ -430,7 +456,9 @@ def command(run, args):
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
     if args.export:
-        common.write(args.export / "labels.csv", export(args.export, x, q, data.classes))
+        for file in earlier:
+            file.unlink()
+        export(args.export, x.cpu(), q.cpu(), data.classes)
         print(args.export / "labels.csv")
     print(run.out / "hybrids.png", run.out / "hybrids.pt", sep="\n")
 

@@ -269,7 +269,7 @@ def best_temperature(posterior, mu, logvar, y):
     best = (math.inf, 1.0)
     for temperature in torch.logspace(-2, 6, 65, base=2).tolist():
         log_q = (posterior.prior.log() + evidence / temperature).log_softmax(1)
-        nll = F.nll_loss(log_q.clamp(min=-30), y).item()
+        nll = F.nll_loss(log_q.clamp(min=-30), y.long()).item()
         best = min(best, (nll, temperature))
     nll, temperature = best
     return temperature, nll
@@ -520,18 +520,24 @@ def draw_reliability(axes, metrics):
                 "observed frequency on test images")
 
 
+def best_calibrated(saved) -> Aggregate:
+    """The percentages of a loaded latent.pt."""
+    return Aggregate(**saved["calibrated"]["aggregate"])
+
+
 def answer(run, args):
     """Print the percentages of a picture or of a point."""
     import common
     from vae import VAE, encode_all
-    saved = common.load(run, "latent")
-    posterior = Aggregate(**saved["calibrated"]["aggregate"])
+    saved = common.load(run, "latent", restore=best_calibrated)
+    posterior = best_calibrated(saved)
     if args.point:
         q = posterior(parse_point(args.point, saved["mu"].shape[1])[None])
     else:
         image, report = common.read_like(args.image, saved["dataset"])
         print(report)
-        q = posterior(*encode_all(VAE.restore(common.load(run, "vae")), image))
+        upstream = common.load(run, "vae", restore=VAE.restore, like=saved)
+        q = posterior(*encode_all(VAE.restore(upstream), image))
     print(common.ranking(q[0], saved["dataset"]["classes"]))
 
 
@@ -567,7 +573,8 @@ def command(run, args):
     from vae import VAE, encode_all
     if args.image or args.point:
         return answer(run, args)
-    upstream = common.load(run, "vae", run.device)
+    upstream = common.load(run, "vae", run.device, VAE.restore)
+    common.drop_checkpoint(run, "vae")
     model = VAE.restore(upstream, run.device)
     data = common.load_dataset(run, upstream)
     classes = len(data.classes)
@@ -605,7 +612,7 @@ def command(run, args):
     draw_reliability(right, metrics)
     shown = Aggregate(**calibrated["aggregate"])
     generator = torch.Generator().manual_seed(args.seed)
-    draw_map(left, mu.cpu(), y.cpu(), data.classes, shown, generator)
+    draw_map(left, mu.cpu(), y.cpu(), common.legible(data.classes), shown, generator)
     common.write(run.out / "latent.png", fig)
     common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"], mu=mu.cpu(),
                 logvar=logvar.cpu(), labels=y.cpu(), calibrated=calibrated,

@@ -5,8 +5,9 @@
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
 
 Reads:  a data set.
-Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it works.
+Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt until the next step has begun.
 """
+import copy
 import math
 import time
 
@@ -112,7 +113,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
     first = 0
     if state:
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
         generator.set_state(state["generator"])
         first = state["step"]
     begin = first
@@ -143,9 +144,9 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
                                      f"{end}; lower the learning rate, or use --no-amp")
         yield {"step": end, "reconstruction": reconstruction, "kl": kl,
                "images_per_second": len(x) * (end - first) / seconds,
-               "state": {"step": end, "model": model.state_dict(),
-                         "optimiser": optimiser.state_dict(),
-                         "generator": generator.get_state()}}
+               "state": copy.deepcopy({"step": end, "model": model.state_dict(),
+                                       "optimiser": optimiser.state_dict()["state"],
+                                       "generator": generator.get_state()})}
         first = end
 
 
@@ -279,7 +280,7 @@ def command(run, args):
         some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
         return evaluate(model, part[some.to(run.device)], generator=fresh, amp=run.amp)
 
-    last = common.Checkpoint(run, "vae", data, args.steps, args.resume)
+    last = common.Checkpoint(run, "vae", data, args.steps, args.resume, net)
     for row in fit(net, batches(images, size), steps=args.steps, lr=args.lr, beta=args.beta,
                    amp=run.amp, generator=generator, state=last.state):
         if common.RANK == 0:            # the first rank reports and writes
@@ -294,7 +295,6 @@ def command(run, args):
     common.write(run.out / "vae.png", draw(last.history, model, data, run.amp, generator))
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
                 model=model.cpu().state_dict())
-    last.remove()
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
