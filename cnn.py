@@ -132,7 +132,7 @@ def as_input(images):
     x = images.float()
     if not images.is_floating_point():
         x = x / 255
-    if images.dtype != torch.uint8:
+    if images.dtype != torch.uint8 and len(x):          # a batch may hold none of a kind
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):                # NaN fails, too
             raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], "

@@ -354,8 +354,11 @@ def load_dataset(run: Run, upstream=None) -> Dataset:
     check(data, run.image_size)
     data.source = {"spec": run.dataset, "data_dir": run.data_dir, "image_size": run.image_size}
     if known:
-        require(data.facts()["fingerprint"] == known["fingerprint"],
-                f"{run.out}/vae.pt was made from other images than {run.dataset}; "
+        facts = data.facts()
+        alike = (facts["fingerprint"] == known["fingerprint"]
+                 and facts["shape"] == known["shape"]
+                 and len(facts["classes"]) == len(known["classes"]))
+        require(alike, f"{run.out}/vae.pt was made from other images than {run.dataset}; "
                 f"make it with: {command_for(run, 'vae.pt')}")
     elif RANK == 0:                     # a later script need not say it again
         for remark in [*data.remarks, *repeated_images(data)]:
@@ -492,7 +495,7 @@ def torchvision_part(name: str, root: str, train: bool):
 def npz_dataset(path: Path) -> Dataset:
     """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
     try:
-        require(path.is_file() or not path.exists(), "it is no regular file")
+        require_regular(path)
         with np.load(path, allow_pickle=False) as file:
             size = sum(part.file_size for part in file.zip.infolist())
             require_memory(2 * size, path)
@@ -755,13 +758,14 @@ def read_once(files: list, side: int, cache: Path, root: Path):
         stored = cache / f"images-{folder}-{mark}-{white}.npy"
         temporary = cache / f"images.{RANK}.tmp"
         try:
-            with temporary.open("wb") as out:
+            with create(temporary) as out:
                 np.save(out, images.numpy())
             os.replace(temporary, stored)
         finally:
             temporary.unlink(missing_ok=True)
         for path in older:              # of the folder as it was
             path.unlink(missing_ok=True)
+    require_regular(stored)
     white = int(stored.stem.split("-")[-1])
     return torch.from_numpy(np.load(stored, mmap_mode="c")), white, remarks
 
@@ -773,7 +777,7 @@ def open_picture(path):
     """A PIL image; whatever is wrong with the file becomes one line that names it."""
     from PIL import Image
     try:
-        require(os.path.isfile(path), "it is no regular file")
+        require_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as picture:
@@ -1016,7 +1020,9 @@ FINITE = "float32 -1e38 1e38"
 SHARES = "float32 0 1"                  # they sum to one
 POSITIVE = "float32 1e-30 1e38"
 CONTENT = {
-    "dataset": ["dataset/light float32 0.0 1.0", "dataset/image_size int64 1 1000"],
+    "dataset": ["dataset/image_size int64 1 1000"],
+    "ground": ["dataset/ground int64 0 256 grounds", "dataset/white int64 1 65535"],
+    "light": ["dataset/light float32 0.0 1.0"],         # of older files
     "vae": ["rows int64 0 last_row N", "config/channels int64 C C", "config/height int64 H H",
             "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D"],
     "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 0 last_class N"],
@@ -1039,7 +1045,8 @@ def check_content(saved: dict, sizes: dict) -> dict:
              "last_row": facts["images"] - 1, **sizes}
     require(isinstance(facts["spec"] + facts["data_dir"] + facts["fingerprint"], str), "words")
     form(saved.get("model", {}))
-    for part in CONTENT["dataset"] + CONTENT[saved["kind"]]:
+    ground = "ground" if "ground" in facts else "light"
+    for part in CONTENT["dataset"] + CONTENT[ground] + CONTENT[saved["kind"]]:
         place, dtype, low, high, *names = part.split()
         x = saved
         for key in place.split("/"):
