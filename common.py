@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 # Letters: N images, C×H×W image, K classes.  y integer labels (N,), q probabilities (N,K).
-FORMAT = 3                              # of the .pt files; a newer one is refused
+FORMAT = 4                              # of the .pt files; a newer one is refused
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST",
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}

@@ -503,7 +503,7 @@ def parse_args(argv=None):
         "to those without one")
     add("--steps", type=common.number(int, 1),
         help="optimiser steps of every CNN; if not given, 300 to 4800 by number of images")
-    add("--width", type=common.number(int, 1, 1024), default=32,
+    add("--width", type=common.number(int, 1, 1024), default=24,
         help="number of channels of a CNN's first block")
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05,
         help="weight decay of every CNN")

@@ -2495,6 +2495,39 @@ def waves(side):
     return (wave / 2 + 0.5).float().view(1, 1, side, side)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_first_layer_normalises_its_responses_and_learns_as_if_it_had_them(channels):
+    layer = cnn.NormalisedConvolution(channels, 5)
+    layer.gain.data = 1 + torch.rand(5, generator=seeded())
+    layer.bias.data = torch.rand(5, generator=seeded(1))
+    x = torch.rand(6, channels, 12, 14, generator=seeded(2))
+    found = layer(x)
+    goal = noise(*found.shape, seed=3)
+    (found * goal).sum().backward()
+    slope = layer.weight.grad
+
+    weight = layer.weight.detach().requires_grad_()
+    kernel = weight.view(5, 3, 3, channels).permute(0, 3, 1, 2)
+    plain = F.conv2d(x, kernel, padding=1)
+    some = plain[:, :, ::2, ::2].transpose(0, 1).flatten(1)     # of every second patch
+    scale = layer.gain.detach() / (some.var(1, unbiased=False) + 1e-5).sqrt()
+    wanted = (plain - some.mean(1)[:, None, None]) * scale[:, None, None]
+    wanted = wanted + layer.bias.detach()[:, None, None]
+    (wanted * goal).sum().backward()
+    close(found, wanted, atol=1e-4, rtol=1e-4)
+    close(slope, weight.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_the_first_layer_predicts_by_the_moments_that_it_has_seen():
+    layer = cnn.NormalisedConvolution(1, 4)
+    x = torch.rand(8, 1, 16, 16, generator=seeded())
+    for _ in range(200):
+        trained = layer(x)
+    layer.eval()
+    close(layer(x), trained, atol=1e-4, rtol=1e-4)
+    close(layer(x[:2]), trained[:2], atol=1e-4, rtol=1e-4)      # whatever else is in the batch
+
+
 # Of the networks as files of this format hold them: change one, and FORMAT with it.
 @pytest.mark.parametrize("side, weights, codes_of, spread", [
     (28, 4572, [0.2441, 0.6114, 0.6945, 0.4509], 0.0897),
@@ -2502,7 +2535,7 @@ def waves(side):
 def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spread):
     model = filled(vae.VAE(1, side, side, latent_dim=2, hidden=4, units=8))
     mu, logvar = model.encode(waves(side))
-    assert common.FORMAT == 3
+    assert common.FORMAT == 4
     assert sum(weight.numel() for weight in model.parameters()) == weights
     found = torch.cat([mu, logvar], 1)
     assert found[0].tolist() == approx(codes_of, abs=2e-4)
@@ -2512,20 +2545,20 @@ def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spre
 @pytest.mark.parametrize("kind, shape, weights", [
     (vae.VAE, (1, 32, 32), 1_669_744),
     (vae.VAE, (1, 33, 33), 697_792),
-    (cnn.CNN, (1, 10), 94_186),
-    (cnn.CNN, (1, 10, 32, 32), 94_186),
-    (cnn.CNN, (1, 10, 32, 33), 241_898)])
+    (cnn.CNN, (1, 10), 95_986),
+    (cnn.CNN, (1, 10, 24, 32), 95_986),
+    (cnn.CNN, (1, 10, 24, 33), 428_146)])
 def test_a_network_of_this_format_has_so_many_weights(kind, shape, weights):
     model = kind(*shape)
-    assert common.FORMAT == 3
+    assert common.FORMAT == 4
     assert sum(weight.numel() for weight in model.parameters()) == weights
 
 
 @pytest.mark.parametrize("side, weights, logits", [
-    (28, 1566, [1.4809, 0.9539]), (64, 3902, [1.6633, 0.8926])])
+    (28, 2782, [1.9016, -1.1787]), (64, 12_062, [2.43, -1.6487])])
 def test_a_cnn_of_this_format_computes_what_it_did(side, weights, logits):
     model = filled(cnn.CNN(1, 2, width=4, side=side))
-    assert common.FORMAT == 3
+    assert common.FORMAT == 4
     assert sum(weight.numel() for weight in model.parameters()) == weights
     assert model(waves(side))[0].tolist() == approx(logits, abs=2e-4)
 
