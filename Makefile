@@ -58,10 +58,11 @@ $(OUT)/cnn.pt: cnn.py $(OUT)/hybrids.pt $(OUT)/.cnn.stamp | $(READY)
 $(OUT)/compare.json: compare.py $(OUT)/cnn.pt $(OUT)/.compare.stamp | $(READY)
 	$(PYTHON) compare.py $(compare_settings)
 
-# One make at a time works in a folder. The file holds its number; one that has ended is no bar.
+# One make at a time works in a folder. The file holds its number; one that has ended is no bar,
+# though its entry may stay (Z).
 $(OUT)/.make: FORCE
 	@mkdir -p $(OUT)
-	@if ps -o comm= -p "`cat $@ 2>&1`" 2>&1 | grep -q 'make$$'; then \
+	@if ps -o stat= -o comm= -p "`cat $@ 2>&1`" 2>&1 | grep -q '^[^Z].*make$$'; then \
 	  echo 'another make works in $(OUT); wait for it' >&2; exit 1; fi; \
 	rm -f $@; echo $$PPID > $@
 

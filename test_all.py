@@ -7537,7 +7537,6 @@ def make_until_killed(command, tree, seconds, how):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, how)
         process.wait()
-        time.sleep(0.5)                 # what it had started takes a moment to be gone
         return False
 
 
