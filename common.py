@@ -1146,8 +1146,16 @@ def ranking(q, classes) -> str:
 
 # ---- training: progress, unfinished work, ranks ---------------------------------------------
 
+# What the five steps take of the time of `make all`; the last one counts subsets.
+CHAIN = {"vae": 0.15, "latent": 0.05, "hybrids": 0.05, "cnn": 0.1, "subsets": 0.65}
+
+
 class Progress:
-    """What is done, and the time left: one rewriting line on a terminal, else plain lines."""
+    """What is done, and the time left: one rewriting line on a terminal, else plain lines.
+
+    Under `make all`, which sets IN_CHAIN, also which of its steps this is, and when all of
+    them will be done.
+    """
 
     def __init__(self, total, what, quiet=False, done=0, log: Path | None = None):
         self.total = total
@@ -1155,6 +1163,12 @@ class Progress:
         self.quiet = quiet
         self.log = log
         self.first = done
+        self.place = ""
+        self.later = 0.0                # what later steps take, in parts of this one
+        if "IN_CHAIN" in os.environ and what in CHAIN:
+            step = list(CHAIN).index(what)
+            self.place = f"step {step + 1} of 5: "
+            self.later = sum(list(CHAIN.values())[step + 1:]) / CHAIN[what]
         self.start = time.monotonic()
         if log and not done:
             open(log, "w", opener=in_place).close()
@@ -1171,9 +1185,13 @@ class Progress:
         finished = done >= self.total
         when = f"in {clock(spent)}"
         if not finished:
-            left = spent / max(done - self.first, 1) * (self.total - done)
+            each = spent / max(done - self.first, 1)
+            left = each * (self.total - done)
             when = f"{clock(left)} left"
-        line = f"{self.what} {done:,}/{self.total:,}  {words}  {when}"
+            later = self.later * each * self.total
+            if later:
+                when += f", {clock(left + later)} for all steps"
+        line = f"{self.place}{self.what} {done:,}/{self.total:,}  {words}  {when}"
         end = "\n"
         if sys.stderr.isatty():
             line = "\r\x1b[K" + line

@@ -242,8 +242,8 @@ def log_normal(z, mu, variance):
     square -= 2 * z @ (mu * precision).T
     square += (mu * mu * precision).sum(1)
     square.clamp_(min=0)                # rounding may leave it below
-    log_volume = variance.log().sum(1) + z.shape[1] * LOG_2PI
-    return -0.5 * (square + log_volume)
+    log_volume = variance.log().sum(1)
+    return -0.5 * (square + log_volume + z.shape[1] * LOG_2PI)
 
 
 def log_normal_images(z, own, mu, variance):
