@@ -1789,6 +1789,35 @@ def test_a_clock_in_human_units(seconds, text):
     assert common.clock(seconds) == text
 
 
+def first_line(what, monkeypatch, capsys):
+    """What is said when one of four rounds of ten seconds is over."""
+    seconds = itertools.count(0, 10)
+    monkeypatch.setattr(common.time, "monotonic", seconds.__next__)
+    progress = common.Progress(4, what)
+    progress(1, "well")
+    return capsys.readouterr().err.strip()
+
+
+def test_a_step_by_itself_says_how_long_it_will_take(monkeypatch, capsys):
+    monkeypatch.delenv("IN_CHAIN", raising=False)
+    assert first_line("vae", monkeypatch, capsys) == "vae 1/4  well  30 s left"
+
+
+def test_a_step_of_the_chain_says_when_all_will_be_done(monkeypatch, capsys):
+    monkeypatch.setenv("IN_CHAIN", "yes")
+    assert sum(common.CHAIN.values()) == approx(1)
+    share = common.CHAIN["cnn"]
+    left = common.clock(30 + 40 * common.CHAIN["subsets"] / share)
+    line = first_line("cnn", monkeypatch, capsys)
+    assert line == f"step 4 of 5: cnn 1/4  well  30 s left, {left} for all steps"
+
+
+def test_when_the_last_step_is_done_all_is(monkeypatch, capsys):
+    monkeypatch.setenv("IN_CHAIN", "yes")
+    line = first_line("subsets", monkeypatch, capsys)
+    assert line == "step 5 of 5: subsets 1/4  well  30 s left"
+
+
 # ---- statistics of the comparison -----------------------------------------------------------
 
 @pytest.mark.parametrize("df, t", [
@@ -6381,6 +6410,23 @@ def made(tree):
 
     assert calls() == list(SCRIPTS)
     return calls
+
+
+def test_make_all_tells_the_scripts_that_they_are_its_steps(made, tree):
+    noting = STAND_IN.replace('echo "$1"', 'echo "$1" $IN_CHAIN')
+    (tree / "stand-in").write_text(noting)
+    assert made("STEPS=9") == ["vae", "yes", "latent", "yes", "hybrids", "yes", "cnn", "yes",
+                               "compare", "yes"]
+
+
+def test_the_demonstration_is_shorter_and_other_sets_are_not(tree):
+    printed = make(tree, "-n", "all", "PYTHON=python")
+    assert "--seeds 4 --steps 150 --vae-steps 300" in printed
+    printed = make(tree, "-n", "all", "PYTHON=python", "DATASET=mnist")
+    assert "--steps" not in printed
+    assert "--seeds 5" in printed
+    printed = make(tree, "-n", "all", "PYTHON=python", "STEPS=7")
+    assert len(re.findall("^python .* --steps 7 ", printed, re.M)) == 3
 
 
 def test_make_without_changes_calls_nothing(made):
