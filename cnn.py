@@ -25,9 +25,9 @@ from torch import nn
 class NormalisedConvolution(nn.Module):
     """A 3x3 convolution with its batch normalisation, for the first layer.
 
-    The response w.p to a patch p has mean w.m and variance w'Cw, where m and C are the mean and
-    the covariance of the patches. So the weights can be scaled in place of the responses: at
-    the full side of the image these are what costs most. m and C are of every second patch
+    The response w.p to a patch p has mean w.m and variance w'Cw, where m and C are the mean
+    and the covariance of the patches. So the weights can be scaled in place of the responses:
+    at the full side of the image these are what costs most. m and C are of every second patch
     each way; their running means take their place in prediction.
     """
 
@@ -80,7 +80,7 @@ class CNN(nn.Module):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, side=side)
         widths = [2 * width, 8 * width]
-        pad = 0                         # the first layer has seen the border; a third fewer places
+        pad = 0                         # the first layer has seen the border: fewer places
         if side > 32:
             widths.append(8 * width)
             pad = 1

@@ -530,7 +530,8 @@ def network():
         now = [line["f24"][seed] for seed in seeds]
         gain = compare.interval([new - old for new, old in zip(now, before)])
         lines.append([names[line["set"]], line["arm"], f"{line['n']:,}",
-                      f"{sum(before) / len(seeds):.1f}", f"{sum(now) / len(seeds):.1f}", pm(gain)])
+                      f"{sum(before) / len(seeds):.1f}", f"{sum(now) / len(seeds):.1f}",
+                      pm(gain)])
     head = ["data set", "arm", "real images", "before", "now", "difference"]
     return grid(head, lines, words=2)
 
@@ -546,6 +547,17 @@ def speed():
                           str(ratio)])
     head = ["processor", "work, on all of MNIST", "quality", "seconds", "times as fast"]
     return grid(head, lines, words=2)
+
+
+@table("scaling")
+def scaling():
+    """Seconds of each script, as work grows."""
+    lines = []
+    for line in result("scaling")["rows"]:
+        seconds = [f"{cost['seconds']:.1f}" for cost in line["costs"].values()]
+        lines.append([line["axis"], f"{line['value']:,}", *seconds])
+    scripts = list(result("scaling")["rows"][0]["costs"])
+    return grid(["what grows", "to", *scripts], lines)
 
 
 def rewrite(text):
