@@ -38,15 +38,16 @@ class NormalisedConvolution(nn.Module):
         self.gain = nn.Parameter(torch.ones(outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(9 * channels))
-        self.register_buffer("covariance", torch.eye(9 * channels))
+        self.register_buffer("running_mean", torch.zeros(9 * channels))
+        self.register_buffer("running_covariance", torch.eye(9 * channels))
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # moments want float32
             if self.training:
                 mean, covariance = self.moments(x.float())
             else:
-                mean, covariance = self.mean, self.covariance
+                mean = self.running_mean
+                covariance = self.running_covariance
             variance = ((self.weight @ covariance) * self.weight).sum(1)
             scale = self.gain * (variance + 1e-5).rsqrt()
             weight = self.weight * scale[:, None]
@@ -63,8 +64,8 @@ class NormalisedConvolution(nn.Module):
         mean = patches.mean(1)
         centred = patches - mean[:, None]
         covariance = centred @ centred.T / patches.shape[1]
-        self.mean.lerp_(mean, self.momentum)
-        self.covariance.lerp_(covariance, self.momentum)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_covariance.lerp_(covariance, self.momentum)
         return mean, covariance
 
 
