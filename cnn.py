@@ -191,12 +191,13 @@ def as_input(images):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=()):
+def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(), move=None):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
     `real` and `hybrids` are pairs of images (N,C,H,W), as of `as_input`, and probabilities
     (N,K). `share` is the part of a batch drawn from hybrids and given to `mix`, see
-    `share_at`. mix and the batch's `transforms` map (x, q, generator) -> (x, q).
+    `share_at`; the others pass through `move`. It, mix and the `transforms` of the whole
+    batch map (x, q, generator) -> (x, q).
     """
     def take(source, count, generator):
         images, q = source
@@ -212,6 +213,8 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=())
         real_x, real_q = take(real, size - count, generator)
         if mix:
             x, q = mix(x, q, generator)
+        if move:
+            real_x, real_q = move(real_x, real_q, generator)
         x = torch.cat([x, real_x])
         q = torch.cat([q, real_q])
         for transform in transforms:
@@ -235,8 +238,35 @@ def uniform(x, low, high, generator):
     return low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)
 
 
-def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
-    """Rotate, stretch, shear and shift, the border continued: for grey images."""
+def moving(flows):
+    """A transform that moves each image by one of flows (F,H,W,2), drawn at random.
+
+    In pixels, to the right and down: the image at p + flow(p) is what is seen at p.
+    """
+    def move(x, q, generator):
+        if len(x) == 0:                 # a batch may hold none of a kind
+            return x, q
+        rows = torch.randint(len(flows), (len(x),), device=x.device, generator=generator)
+        return warp(x, flows[rows].float()), q
+
+    return move
+
+
+def warp(x, flow):
+    """x (B,C,H,W) as seen through flow (B,H,W,2) in pixels, the border continued."""
+    height, width = x.shape[2:]
+    half_sides = torch.tensor([width / 2, height / 2], device=x.device)
+    still = torch.eye(2, 3, device=x.device)[None]
+    places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
+    return F.grid_sample(x, places + flow / half_sides, padding_mode="border",
+                         align_corners=False)
+
+
+def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15, bend=0.0):
+    """Rotate, stretch, shear and shift, the border continued: for grey images.
+
+    `bend`, in pixels: the deviation of smooth random displacements (Simard et al. 2003).
+    """
     def up_to(limit):
         return uniform(x, -limit, limit, generator)
 
@@ -254,6 +284,11 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15):
                         sin * wide / tall, (slant * sin + cos) * high, down], 1)
     rows = rows.view(-1, 2, 3)
     grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    if bend:
+        nodes = torch.randn(len(x), 2, 5, 5, device=x.device, generator=generator)
+        wave = F.interpolate(nodes, x.shape[2:], mode="bicubic", align_corners=True)
+        sides = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+        grid = grid + wave.permute(0, 2, 3, 1) * 2 * bend / sides
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False), q
 
 
@@ -273,6 +308,13 @@ def augment(x, q, generator):
     """What suits digits and the like, if grey; what suits photographs, if colour."""
     transform = affine if x.shape[1] == 1 else flip_crop
     return transform(x, q, generator)
+
+
+def elastic(x, q, generator, scale=1.0, bend=1.0):
+    """`affine` that also bends, for grey images; for colour, as `augment`."""
+    if x.shape[1] == 3:
+        return flip_crop(x, q, generator)
+    return affine(x, q, generator, 15 * scale, 0.15 * scale, 0.1 * scale, 0.15 * scale, bend)
 
 
 def random_beta(x, alpha, generator):
@@ -456,9 +498,11 @@ def command(run, args):
     classes = len(data.classes)
     real = (data.images[rows], F.one_hot(data.labels[rows], classes).float())
     hybrids = None
+    move = None
     if uses_hybrids:
         saved = common.load(run, "hybrids", run.device, like=upstream)
         hybrids = (saved["images"], saved["q"])
+        move = moving(saved["flows"])
         sources.append(run.out / "hybrids.pt")
 
     torch.manual_seed(args.seed)                        # the initial weights
@@ -469,7 +513,7 @@ def command(run, args):
     if not uses_hybrids:                # then it is the share of --mixup and --cutmix
         share = (1.0, 0.0)
     transforms = [augment] if args.augment else []
-    next_batch = batches(real, size, hybrids, mixer(args), share, transforms)
+    next_batch = batches(real, size, hybrids, mixer(args), share, transforms, move)
 
     marks = [common.fingerprint(source) for source in sources]
     last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, net, made_from=marks)

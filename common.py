@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 # Letters: N images, C×H×W image, K classes.  y integer labels (N,), q probabilities (N,K).
-FORMAT = 4                              # of the .pt files; a newer one is refused
+FORMAT = 5                              # of the .pt files; a newer one is refused
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST",
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
@@ -1024,9 +1024,13 @@ CONTENT = {
     "ground": ["dataset/ground int64 0 256 grounds", "dataset/white int64 1 65535"],
     "light": ["dataset/light float32 0.0 1.0"],         # of older files
     "vae": ["rows int64 0 last_row N", "config/channels int64 C C", "config/height int64 H H",
-            "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D"],
+            "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D",
+            f"deformations/directions {FINITE} coefficients R",
+            "deformations/height int64 H H", "deformations/width int64 W W",
+            "deformations/strength float32 0.0 1.0", "deformations/mirror bool 0 1"],
     "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 0 last_class N"],
-    "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K"],
+    "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K",
+                "flows float16 -200 200 F H W xy"],
     "cnn": ["config/channels int64 C C", "config/classes int64 K K"]}
 for place in ("teaching", "calibrated/aggregate"):
     CONTENT["latent"] += [

@@ -42,39 +42,41 @@ class Arm(NamedTuple):
     share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
     mix: str = ""                       # halves, mixup, cutmix or both
-    augment: bool = False
-    pixels: float = 0.5                 # part of the hybrids mixed without the decoder
+    change: str = ""                    # of all images of a batch: augment, elastic, deform
+    deform: bool = True                 # hybrids move, and then real images
+    morph: bool = True                  # the sources of a hybrid are brought into register
     cut: bool | None = None             # hybrids cut, not mixed; None: those of colour
 
 
 ARMS = {
     "real": Arm(),
-    "augment": Arm(augment=True),
+    "augment": Arm(change="augment"),
+    "elastic": Arm(change="elastic"),
     "mixup": Arm(mix="halves"),
     "cutmix": Arm(mix="cutmix"),
+    "mixup+cutmix": Arm(mix="both"),
+    "deform": Arm(change="deform"),
+    "deform+mixup": Arm(mix="mixup", change="deform"),
     "real+hybrid": Arm("between"),
     "hybrid only": Arm("between", share=(1.0, 1.0)),
-    "prior hybrid": Arm("prior", "density"),            # the idea as first stated
-    "augment+mixup": Arm(mix="mixup", augment=True),
-    "augment+hybrid": Arm("between", augment=True, cut=False),
+    "prior hybrid": Arm("prior", "density", deform=False),      # the idea as first stated
+    "augment+mixup": Arm(mix="mixup", change="augment"),
+    "augment+hybrid": Arm("between", change="augment", deform=False, cut=False),
     # The controls: where is a gain from?
+    "undeformed hybrid": Arm("between", deform=False),
+    "cross-faded hybrid": Arm("between", morph=False),
+    "deformed images": Arm("images"),   # hybrids of one image each
     "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "all decoded": Arm("between", pixels=0.0),
-    "mixup+cutmix": Arm(mix="both"),
-    "never cut": Arm("between", cut=False),
-    "always cut": Arm("between", cut=True),
-    "mixup density labels": Arm("between", "density", pixels=1.0),  # the same pairs, undecoded
-    "reconstructions": Arm("around", "weight", residual=False),
-    "pseudo-labels": Arm("around", "weight", pixels=1.0),   # images as such: --vae-data all
+    "reconstructions": Arm("around", "weight", residual=False, deform=False),
+    "pseudo-labels": Arm("images", deform=False),       # --vae-data all
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH = 64
 POOL = 50_000                           # most hybrids of a cell
 UNLABELLED = 20_000                     # most images that labels are spread to
-VIEWS = 9                            # augmented ones of a grey image, for augment+hybrid's VAE
 # What a row says of a classifier, and the highest value that each can have.
 SCORES = {"accuracy": 1, "balanced_accuracy": 1, "nll": 28, "brier": 2.01, "ece": 1.01,
           "temperature": 16, "scaled_nll": 28, "scaled_ece": 1.01, "noise": 1, "blur": 1,
@@ -110,27 +112,27 @@ class Source(NamedTuple):
         codes = vae.encode_all(self.model, images, self.amp)
         return self.codes.posterior(*codes).clamp(min=1e-9).log()
 
-    def pool(self, arm, count, seed):
+    def pool(self, arm, count, deform, seed):
         """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
         generator = generator_for(self.codes.mu, seed)
+        if arm.strategy == "images":
+            points = hybrids.sample("around", count, self.codes, generator)
+            points = hybrids.line(self.codes.mu, points.i, points.i, points.t)
+        else:
+            points = hybrids.sample(arm.strategy, count, self.codes, generator)
+        morph = None
+        if arm.morph and arm.deform and deform.strength > 0:
+            morph = functools.partial(vae.Morph, strength=deform.strength)
         decode = functools.partial(vae.decode_all, self.model, amp=self.amp)
-        points = hybrids.sample(arm.strategy, count, self.codes, generator)
         return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
-                            residual=arm.residual, pixels=arm.pixels, cut=arm.cut,
-                            generator=generator)
+                            residual=arm.residual, cut=arm.cut, morph=morph,
+                            deform=deform if arm.deform else None, generator=generator)
 
 
-def source_of_subset(images, y, classes, seed, recipe, views=0) -> Source:
-    """A VAE of n images, and of so many augmented views of each, and their codes."""
-    generator = generator_for(images, seed)
-    x = images.float() / 255
-    seen = [images]
-    for _ in range(views):
-        view, _ = cnn.augment(x, None, generator)
-        seen.append((view * 255).round().byte())
-    images = torch.cat(seen)
+def source_of_subset(images, y, classes, seed, recipe) -> Source:
+    """A VAE of n images, and their codes."""
     model = train_vae(images, seed, recipe)
-    return source_of(images, y.repeat(1 + views), classes, model, recipe["amp"])
+    return source_of(images, y, classes, model, recipe["amp"])
 
 
 def source_of_all(images, y, classes, recipe, model, unlabelled) -> Source:
@@ -171,15 +173,29 @@ def in_turn(*transforms):
     return transform
 
 
-def train_cnn(arm, images, y, classes, made, seed, recipe):
+def changes(name, deform):
+    """Transforms of all images of a batch, by the name that an arm has for them."""
+    if name == "augment":
+        return [cnn.augment]
+    if name == "elastic":
+        return [cnn.elastic]
+    if name == "deform":
+        return [deform]
+    return []
+
+
+def train_cnn(arm, images, y, classes, made, deform, seed, recipe):
     """The CNN of one arm on n real images, and on hybrids `made`: images and probabilities."""
+    generator = generator_for(images, seed)
     real = (images, F.one_hot(y, classes).float())
-    transforms = [cnn.augment] if arm.augment else []
+    move = None
+    if arm.strategy and arm.deform and deform.moves():
+        move = cnn.moving(deform.repertoire(hybrids.FLOWS, generator))
+    next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share,
+                             changes(arm.change, deform), move)
     torch.manual_seed(seed)             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device)
-    next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share, transforms)
-    generator = generator_for(images, seed)
     for _ in cnn.fit(model, next_batch, steps=recipe["steps"], rounds=1, amp=recipe["amp"],
                      weight_decay=recipe["weight_decay"], generator=generator):
         pass
@@ -284,38 +300,36 @@ class Unit:
         self.scored = (data.test_images, data.test_labels)
         if self.recipe["score"] == "validation":
             self.scored = rows_of(data, grid.validation[~torch.isin(grid.validation, some)])
-        self.sources = {}
 
-    def source(self, augmented: bool) -> Source:
+    @functools.cached_property
+    def deform(self):
+        """The deformations of the n images."""
+        generator = generator_for(self.images, self.seed)
+        return vae.Deformations.fit(self.images, self.y, generator)
+
+    @functools.cached_property
+    def source(self) -> Source:
         """Made when it is first asked for; the arms share it."""
-        views = 0
-        if augmented and self.images.shape[1] == 1 and not self.shared:
-            views = VIEWS
-        if views not in self.sources:
-            labelled = (self.images, self.y, self.classes)
-            if self.shared:
-                made = source_of_all(*labelled, self.recipe, *self.shared)
-            else:
-                made = source_of_subset(*labelled, self.seed, self.recipe, views)
-            self.sources[views] = made
-        return self.sources[views]
+        labelled = (self.images, self.y, self.classes)
+        if self.shared:
+            return source_of_all(*labelled, self.recipe, *self.shared)
+        return source_of_subset(*labelled, self.seed, self.recipe)
 
     def row(self, name: str) -> dict:
         """Train an arm and score it."""
         arm = ARMS[name]
         sources = len(self.y)
-        made = None
         if arm.strategy:
-            source = self.source(arm.augment)
-            sources = len(source.images)                # with those that got a label
+            sources = len(self.source.images)           # with those that got a label
         if arm.strategy == "posterior":
-            logits_of = source.classify
+            logits_of = self.source.classify
         else:
+            made = None
             if arm.strategy:
                 count = min(POOL, BATCH * self.recipe["steps"])
-                made = source.pool(arm, count, self.seed)
-            model = train_cnn(arm, self.images, self.y, self.classes, made, self.seed,
-                              self.recipe)
+                made = self.source.pool(arm, count, self.deform, self.seed)
+            model = train_cnn(arm, self.images, self.y, self.classes, made, self.deform,
+                              self.seed, self.recipe)
             logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
         return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,
                 **evaluate(logits_of, *self.scored, *self.fitting)}

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 # Letters: N codes, M points, D latent size, K classes.  x (M,C,H,W) in [0,1]; q (M,K).
 # `codes` has mu, logvar (N,D), y (N,) and a posterior: z (M,D) -> q (M,K) with a prior (K,).
 
-STRATEGIES = ("between", "boundary", "same", "around", "prior")
-LABELS = ("product", "density", "weight", "argmax", "sampled")
+STRATEGIES = ("between", "around", "prior")
+LABELS = ("product", "density", "weight")
+FLOWS = 1000                            # by which real images move
+LINES = 2000                            # most pairs of codes: each is brought into register
 
 
 class Points(NamedTuple):
@@ -44,30 +46,25 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
-    between   on the line between two codes, t ~ Beta(alpha, alpha): a part `same` of them
-              of one class, the others of two
-    same      all of them of one class
-    boundary  none of them; t uniform, thinned so that max q is spread evenly over [1/2, 1]
+    between   on lines between two codes, t ~ Beta(alpha, alpha): a part `same` of the lines
+              within one class, the others between two; at most LINES of them
     """
     mu = codes.mu.float()
     if strategy == "prior":
         z = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
         return Points(z)
-    if strategy == "boundary":
-        points = sample("between", 8 * count, codes, generator, alpha=1, same=0)
-        certainty = codes.posterior(points.z).amax(1)
-        return points.take(spread_evenly(certainty, count, generator))
-    i = torch.randint(len(mu), (count,), device=mu.device, generator=generator)
     if strategy == "around":
+        i = torch.randint(len(mu), (count,), device=mu.device, generator=generator)
         noise = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
         width = (codes.logvar[i].float() / 2).exp()
         t = torch.ones(count, device=mu.device)
         return Points(mu[i] + width * noise, i, i, t)
-    if strategy == "same":
-        same = 1
+    lines = min(count, LINES)
+    i = torch.randint(len(mu), (lines,), device=mu.device, generator=generator)
     j = partners(codes.y, i, same, generator)
     t = random_weights(count, alpha, mu.device, generator)
-    return line(mu, i, j, t)
+    which = torch.arange(count, device=mu.device) % lines
+    return line(mu, i[which], j[which], t)
 
 
 def line(mu, i, j, t) -> Points:
@@ -80,17 +77,6 @@ def random_weights(count, alpha, device, generator):
     """(count,) draws from Beta(alpha, alpha): medians of 2 alpha - 1 uniform numbers each."""
     numbers = torch.rand(count, 2 * alpha - 1, device=device, generator=generator)
     return numbers.median(1).values
-
-
-def spread_evenly(certainty, count, generator):
-    """`count` rows, drawn so that their certainty (M,) fills ten bins over [1/2, 1] evenly."""
-    bins = ((certainty - 0.5) * 20).floor().long()
-    bins = bins.clamp(-1, 9) + 1        # bin 0: less than 1/2, none of these
-    sizes = bins.bincount(minlength=11).clamp(min=1)
-    weight = (1 / sizes)[bins] * (bins > 0)
-    if not weight.any():                # no point is that certain: any will do
-        weight = torch.ones_like(weight)
-    return torch.multinomial(weight, count, replacement=True, generator=generator)
 
 
 def partners(y, i, same, generator):
@@ -108,7 +94,7 @@ def partners(y, i, same, generator):
     return order[(start + step) % len(y)]
 
 
-def label(rule, points, codes, generator=None, epsilon=0.1):
+def label(rule, points, codes, epsilon=0.1):
     """Class probabilities q (M,K) of points, by the named rule.
 
     density  q(c) = p(c|z), the latent posterior
@@ -116,7 +102,6 @@ def label(rule, points, codes, generator=None, epsilon=0.1):
     product  a logarithmic opinion pool of the two (Genest and Zidek 1986):
              q(c) ~ [(1-e)(t [c=y_i] + (1-t) [c=y_j]) + e pi_c] (p(z|c) + b)^(1/T),
              e = 4 epsilon t (1-t), so that both ends are exactly one-hot
-    argmax, sampled   hard labels from the density: the controls
     Raises ValueError for weight and product of points from the prior: they have no weights.
     """
     if rule not in LABELS:
@@ -129,14 +114,7 @@ def label(rule, points, codes, generator=None, epsilon=0.1):
         if rule == "weight":
             return weight
         return opinion_pool(weight, points, codes.posterior, epsilon)
-    q = codes.posterior(points.z)
-    if rule == "density":
-        return q
-    if rule == "argmax":
-        hard = q.argmax(1)
-    else:
-        hard = torch.multinomial(q, 1, generator=generator)[:, 0]
-    return F.one_hot(hard, q.shape[1]).float()
+    return codes.posterior(points.z)
 
 
 def mixing_label(points, codes):
@@ -158,44 +136,46 @@ def opinion_pool(weight, points, posterior, epsilon):
     return product / product.sum(1, keepdim=True)
 
 
-def render(points, codes, images, decode, residual=True, pixels=0.5, cut=None, generator=None,
-           batch=1000):
+def render(points, codes, images, decode, residual=True, cut=None, morph=None,
+           generator=None, batch=1000):
     """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
     x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i
-    it is x_i, so no sharpness is lost. w is t, or with `cut` (None: of colour images) 0 in a
-    rectangle drawn from `generator`, of area 1-t, and 1 elsewhere. The last points, the part
-    `pixels` of all, are w x_i + (1-w) x_j, never decoded. Points from the prior, and all
-    without `residual`, are decode(z). `images`, uint8 or float in [0,1], are the sources of
-    the codes.
+    it is x_i, so no sharpness is lost. The second half of the points does without a decoder,
+    which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as vae.Morph, parts
+    of both images are moved to where they meet before they are added; with `cut` (None: of
+    colour images) w is 0 in a rectangle drawn from `generator`, of area 1-t, and 1 elsewhere.
+    Points from the prior, and all without `residual`, are decode(z). `images`, uint8 or
+    float in [0,1], are the sources of the codes.
     """
     if points.i is None or not residual:
         made = [decode(z) for z in points.z.split(batch)]
         return torch.cat([as_dtype(x, images.dtype) for x in made])
     if cut is None:
         cut = images.shape[1] == 3
-    decoded = round((1 - pixels) * len(points.z))
-
-    def mix(some, sources):
-        """w s_i + (1-w) s_j of some points."""
-        if cut:
-            w = rectangles(some.t, *images.shape[2:], generator)
-        else:
-            w = some.t[:, None, None, None]
-        first = as_float(sources[some.i])
-        second = as_float(sources[some.j])
-        return w * first + (1 - w) * second
-
+    lost = residuals(codes.mu, images, decode, batch)
+    if morph and not cut:
+        pairs = torch.stack([points.i, points.j], 1)
+        lines, which = pairs.unique(dim=0, return_inverse=True)
+        meet = morph(as_float(images[lines[:, 0]]), as_float(images[lines[:, 1]]))
+    rows = torch.arange(len(points.z), device=points.z.device)
+    half = (len(rows) + 1) // 2
     parts = []
-    if decoded:
-        lost = residuals(codes.mu, images, decode, batch)
-    for start in range(0, decoded, batch):
-        some = points.take(slice(start, min(start + batch, decoded)))
-        x = (decode(some.z) + mix(some, lost)).clamp(0, 1)
-        parts.append(as_dtype(x, images.dtype))
-    for start in range(decoded, len(points.z), batch):
-        some = points.take(slice(start, start + batch))
-        parts.append(as_dtype(mix(some, images), images.dtype))
+    for some in (*rows[:half].split(batch), *rows[half:].split(batch)):
+        decoded = bool(some[0] < half)
+        z, i, j, t = points.take(some)
+        sources = lost if decoded else images
+        first = as_float(sources[i]).float()
+        second = as_float(sources[j]).float()
+        w = t[:, None, None, None]
+        if cut:
+            w = rectangles(t, *images.shape[2:], generator)
+        elif morph:
+            first, second = meet(first, second, which[some], t)
+        x = w * first + (1 - w) * second
+        if decoded:
+            x = x + decode(z)
+        parts.append(as_dtype(x.clamp(0, 1), images.dtype))
     return torch.cat(parts)
 
 
@@ -238,29 +218,41 @@ def as_dtype(x, dtype):
     return x.to(dtype)
 
 
-def make(points, codes, images, decode, *, rule="product", residual=True, pixels=0.5, cut=None,
-         generator=None):
-    """The hybrids of points -> x (M,C,H,W) as `images`, q (M,K); see `render` and `label`."""
-    x = render(points, codes, images, decode, residual, pixels, cut, generator)
-    return x, label(rule, points, codes, generator)
+def make(points, codes, images, decode, *, rule="product", residual=True, cut=None, morph=None,
+         deform=None, generator=None, batch=1000):
+    """The hybrids of points -> x (M,C,H,W) as `images`, q (M,K); see `render` and `label`.
+
+    `deform`, (x, q, generator) -> (x, q), has the last word: each hybrid moves as images do.
+    """
+    x = render(points, codes, images, decode, residual, cut, morph, generator, batch)
+    q = label(rule, points, codes)
+    if deform is None:
+        return x, q
+    parts = []
+    for some, its in zip(x.split(batch), q.split(batch)):
+        moved, _ = deform(as_float(some), its, generator)
+        parts.append(as_dtype(moved, x.dtype))
+    return torch.cat(parts), q
 
 
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and another one of the batch, as hybrids.py by default;
-    `cut` as of `render`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) ->
+    Between the codes of each image and another one of the batch; `cut` as of `render`,
+    `deform` as of `make`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) ->
     images; posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1] or uint8, y
     integer labels (B,). Raises ValueError for a batch that has been normalised.
     """
 
-    def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None):
+    def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None,
+                 deform=None):
         self.encode = encode
         self.decode = decode
         self.posterior = posterior
         self.rule = rule
         self.generator = generator
         self.cut = cut
+        self.deform = deform
 
     @torch.no_grad()
     def __call__(self, x, y):
@@ -271,15 +263,12 @@ class HybridMixer:
                              "normalise them afterwards")
         mu, _ = self.encode(x)
         codes = SimpleNamespace(mu=mu.float(), y=y, posterior=self.posterior)
-        # In random order, so that the half that is decoded is any half of the batch.
-        i = torch.randperm(len(x), device=x.device, generator=self.generator)
+        i = torch.arange(len(x), device=x.device)
         j = partners(y, i, 0.3, self.generator)
         t = random_weights(len(x), 4, x.device, self.generator)
         points = line(codes.mu, i, j, t)
-        made, q = make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
-                       generator=self.generator)
-        back = i.argsort()
-        return made[back], q[back]
+        return make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
+                    deform=self.deform, generator=self.generator)
 
 
 def entropy(q):
@@ -305,19 +294,16 @@ def parse_args(argv=None):
         "product, or density of points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
-    add("--pixels", type=number(float, 0, 1), default=0.5, metavar="SHARE",
-        help="share of the hybrids that is made of pixels, not decoded; none with "
-        "--no-residual, or strategy around or prior")
     add("--cut", action=argparse.BooleanOptionalAction,
         help="paste a rectangle of the second source into the first in place of mixing them; "
         "if not given, so of colour images")
+    add("--deform", action=argparse.BooleanOptionalAction, default=True,
+        help="move each hybrid as images of one class move, by the deformations of vae.pt")
     add("--export", type=Path, metavar="FOLDER",
         help="write PNG files and their labels.csv there as well")
     args = parser.parse_args(argv)
     if args.label is None:
         args.label = "density" if args.strategy == "prior" else "product"
-    if not args.residual or args.strategy in ("around", "prior"):
-        args.pixels = 0.0
     if args.strategy == "prior" and args.label in ("product", "weight"):
         parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
     return args
@@ -346,15 +332,21 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
             left += float(row[c])
 
 
-def draw(x, q, strip, strip_q, classes):
-    """A walk from one class to another, a gallery sorted the same way, the entropies."""
+def draw(x, q, strip, strip_q, moved, how, classes):
+    """A walk from one class to another, one image deformed, a gallery, the entropies."""
     import common
-    fig = common.figure(13, 8.6)
-    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 3.1])
+    fig = common.figure(13, 9.8)
+    top, middle, bottom = fig.subfigures(3, 1, height_ratios=[1, 0.85, 3.1])
     left, side = bottom.subfigures(1, 2, width_ratios=[3, 1])
     start = classes[int(strip_q[0].argmax())]
     end = classes[int(strip_q[-1].argmax())]
     gallery(top, strip, strip_q, classes, title=f"What lies between {start} and {end}?")
+    middle.suptitle(f"How may one {start} move?", x=0.01, ha="left", fontsize=11,
+                    fontweight="bold")
+    captions = ["a training image"] + [""] * (len(moved) - 1)
+    captions[len(moved) // 2] = how
+    for axes, image, caption in zip(middle.subplots(1, len(moved)), moved, captions):
+        common.show_images(axes, image[None], 1, caption)
     gallery(left, x, q, classes, 4, 7)
     axes = side.subplots()
     bits = entropy(q).cpu().numpy() / math.log(2)
@@ -417,7 +409,7 @@ def walk(codes, generator, steps=9) -> Points:
 def command(run, args):
     import common
     from latent import Codes
-    from vae import VAE, decode_all, encode_all
+    from vae import VAE, Deformations, Morph, decode_all, encode_all
     earlier = earlier_export(args.export) if args.export else []
     upstream = common.load(run, "vae", run.device, VAE.restore)
     codes = Codes.restore(common.load(run, "latent", run.device, Codes.restore, upstream))
@@ -428,10 +420,15 @@ def command(run, args):
         args.cut = run.settings["cut"] = images.shape[1] == 3
     generator = torch.Generator(run.device).manual_seed(args.seed)
     decode = functools.partial(decode_all, model, amp=run.amp)
+    deform = Deformations.restore(upstream, run.device)
 
+    morph = None
+    if args.deform and deform.strength > 0:
+        morph = functools.partial(Morph, strength=deform.strength)
     points = sample(args.strategy, args.count, codes, generator)
     x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
-                pixels=args.pixels, cut=args.cut, generator=generator)
+                cut=args.cut, morph=morph, deform=deform if args.deform else None,
+                generator=generator)
     mu, _ = encode_all(model, x, run.amp)
     # Total variation between the percentages of a point and of the image made from it.
     before = codes.posterior(points.z)
@@ -445,13 +442,19 @@ def command(run, args):
     if args.strategy == "prior":        # made as these are: decoded, labelled by density
         strip = Points(strip.z)
     strip_x, strip_q = make(strip, codes, images, decode, rule=args.label,
-                            residual=args.residual, pixels=0, cut=False, generator=generator)
+                            residual=args.residual, cut=False, morph=morph)
+    still = as_float(strip_x[:1])
+    moved, _ = deform(still.expand(8, -1, -1, -1), None, generator)
     common.write(run.out / "hybrids.png",
                  draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(),
+                      torch.cat([still, moved]).cpu(), deform.words(),
                       common.legible(data.classes)))
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
+    flows = torch.zeros(1, *images.shape[2:], 2)        # of real images: they stand still
+    if args.deform and deform.moves():
+        flows = deform.repertoire(FLOWS, generator)
     common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=x.cpu(), q=q.cpu(),
-                z=points.z.cpu())
+                z=points.z.cpu(), flows=flows.half().cpu())
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")

@@ -1,5 +1,8 @@
 """Train a variational autoencoder (VAE): the latent space that every other step lives in.
 
+What do the images look like, and how do they move? The second question is answered by random
+deformations, learned from the same images.
+
     python vae.py                                       # embedded glyphs -> runs/glyphs/vae.pt
     python vae.py --dataset mnist --images 1000            # learn from 1,000 images only
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
@@ -212,6 +215,301 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
 
+# ---- deformations: how images of one class move into each other -----------------------------
+
+NODES = 5                               # a side of the grid that bends a flow
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Deformations:
+    """Random flows s B w, w ~ N(0, I), learned from images: a latent space of movements.
+
+    A flow is linear in 56 numbers: an affine map, and a smooth displacement on a grid. Those
+    that bring images of one class into register have a Gaussian, with B its square root; its
+    mean is left out, so that an image stays where it is on average (compare Hauberg et al.
+    2016, Dreaming more data). The images also say how strong, s, and whether mirror images
+    are of the same kind; see `fit`. As a transform, (x, q, generator) -> (x, q), it
+    deforms each image of a batch in its own way, and leaves the probabilities.
+    """
+
+    def __init__(self, directions, height, width, strength=1.0, mirror=False, nll=None):
+        self.directions = directions                    # B (56,R), the widest first
+        self.height = height
+        self.width = width
+        self.strength = strength                        # s in [0,1]
+        self.mirror = mirror
+        self.nll = nll                                  # what `proof` said, of a fitted one
+
+    @classmethod
+    def fit(cls, images, y, generator, most=1000):
+        """From images (N,C,H,W) as of `as_input` and labels y (N,), at most so many of them.
+
+        Strength and mirroring are those under which held-out images are predicted best:
+        `proof`. Without two images of one class nothing moves.
+        """
+        rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
+        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
+        y = y[rows].long()
+        i, j = same_class_pairs(y, generator)
+        v = register(x[i], x[j])
+        nll = proof(x, y, i, j, v, generator)
+        mirror = nll[0.0, True] < nll[0.0, False]
+        strength = min(STRENGTHS, key=lambda s: nll[s, False])
+        return cls(square_root(v), *images.shape[2:], strength, mirror, nll)
+
+    @classmethod
+    def restore(cls, saved: dict, device="cpu"):
+        """The deformations of a loaded vae.pt."""
+        fields = saved["deformations"]
+        return cls(**{**fields, "directions": fields["directions"].to(device)})
+
+    def fields(self) -> dict:
+        """As plain tensors and numbers: Deformations(**fields) equals it."""
+        return dict(directions=self.directions.cpu(), height=self.height, width=self.width,
+                    strength=self.strength, mirror=self.mirror)
+
+    def words(self) -> str:
+        """What it does, for people."""
+        mirrored = ", mirrored or not" if self.mirror else ""
+        if self.strength > 0:
+            return f"deformations of strength {self.strength:g}{mirrored}"
+        return f"no deformations{mirrored}"
+
+    def table(self) -> list:
+        """What `proof` said, for a file."""
+        return [{"strength": strength, "mirror": mirror, "nll": nll}
+                for (strength, mirror), nll in self.nll.items()]
+
+    def moves(self) -> bool:
+        """Does it change any image?"""
+        return self.strength > 0 or self.mirror
+
+    def flow(self, w):
+        """w (B,R) -> flows (B,H,W,2)."""
+        v = self.strength * w @ self.directions.T
+        return flow_of(v.unflatten(1, (2, -1)), self.height, self.width)
+
+    def sample(self, count, generator):
+        """Random flows (count,H,W,2)."""
+        w = torch.randn(count, self.directions.shape[1], device=self.directions.device,
+                        generator=generator)
+        return self.flow(w)
+
+    def repertoire(self, count, generator):
+        """Flows (count,H,W,2) for images that stay what they are: a part 1-s is none, and
+        where mirror images are of the same kind, half of them mirror.
+        """
+        flows = self.sample(count, generator)
+        chance = torch.rand(2, count, 1, 1, 1, device=flows.device, generator=generator)
+        flows = flows.where(chance[0] < self.strength, torch.zeros(()))
+        if self.mirror:
+            # At p lies the image at -p + flow(-p), seen from the middle.
+            turned = flows.flip(2) + mirror_flow(self.height, self.width, flows.device)
+            flows = flows.where(chance[1] < 0.5, turned)
+        return flows
+
+    def __call__(self, x, q, generator):
+        """x (B,C,H,W) in [0,1], q (B,K) -> each image deformed, q as it is."""
+        if self.mirror:
+            turned = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator) < 0.5
+            x = torch.where(turned, x.flip(3), x)
+        if self.strength > 0 and len(x):                # a batch may hold none of a kind
+            x = warp(x, self.sample(len(x), generator))
+        return x, q
+
+
+def flow_functions(height, width, device=None):
+    """What flows are sums of (28,H,W): x, y, 1, and a smooth bump for each node of a grid."""
+    down = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
+    right = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+    y, x = torch.meshgrid(down, right, indexing="ij")
+    affine = torch.stack([x, y, torch.ones_like(x)])
+    nodes = torch.eye(NODES ** 2, device=device).view(-1, 1, NODES, NODES)
+    bumps = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
+    return torch.cat([affine, bumps[:, 0]])
+
+
+def flow_of(v, height, width):
+    """Coefficients v (B,2,28), to the right and down, in half sides -> flow (B,H,W,2)."""
+    functions = flow_functions(height, width, v.device).flatten(1)
+    flow = (v @ functions).unflatten(2, (height, width))
+    return flow.permute(0, 2, 3, 1) * half_sides(height, width, v.device)
+
+
+def half_sides(height, width, device):
+    return torch.tensor([width / 2, height / 2], device=device)
+
+
+def mirror_flow(height, width, device=None):
+    """The flow (H,W,2) that turns left to right."""
+    right = torch.arange(width, device=device)
+    turn = width - 1.0 - 2 * right
+    return torch.stack([turn, torch.zeros_like(turn)], 1).expand(height, width, 2)
+
+
+def warp(x, flow):
+    """x (B,C,H,W) as seen through flow (B,H,W,2) in pixels, the border continued.
+
+    The image at p + flow(p) is what is seen at p.
+    """
+    height, width = x.shape[2:]
+    still = torch.eye(2, 3, device=x.device)[None]
+    places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
+    places = places + flow / half_sides(height, width, x.device)
+    return F.grid_sample(x, places, padding_mode="border", align_corners=False)
+
+
+def blur(x, sigma):
+    """x (B,C,H,W) under a Gaussian of so many pixels, the border continued."""
+    reach = math.ceil(2.5 * sigma)
+    steps = torch.arange(-reach, reach + 1, device=x.device)
+    bell = (-0.5 * (steps / sigma) ** 2).exp()
+    bell = (bell / bell.sum()).expand(x.shape[1], 1, 1, -1)
+    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
+    x = F.conv2d(x, bell, groups=x.shape[1])
+    return F.conv2d(x, bell.transpose(2, 3), groups=x.shape[1])
+
+
+def register(target, moving, steps=60):
+    """Coefficients v (B,2,28) of flows with warp(moving, flow_of(v, H, W)) close to target.
+
+    target, moving (B,C,H,W), float. All pairs at once, from coarse to fine, by Adam on the
+    mean square of the difference, and what holds the affine part and the bending back.
+    """
+    v = torch.zeros(len(target), 2, 3 + NODES ** 2, device=target.device, requires_grad=True)
+    optimiser = torch.optim.Adam([v], 0.03, betas=(0.9, 0.99))
+    levels = ((2, 1.25), (2, 0.75), (1, 0.8))           # pixels that become one, and blur
+    for step in range(steps):
+        level = 3 * step // steps
+        if step == 0 or level > 3 * (step - 1) // steps:
+            scale, sigma = levels[level]
+            source = blur(F.avg_pool2d(moving, scale), sigma)
+            goal = blur(F.avg_pool2d(target, scale), sigma)
+        for group in optimiser.param_groups:
+            group["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
+        seen = warp(source, flow_of(v, *source.shape[2:]))
+        error = (seen - goal).square().mean((1, 2, 3))
+        loss = (error + stiffness(v)).sum()             # the pairs have nothing in common
+        v.grad, = torch.autograd.grad(loss, [v])
+        optimiser.step()
+    return v.detach()
+
+
+class Morph:
+    """Pairs of images in register, and where their parts are on the way between the two.
+
+    `strength`: they come so far towards each other, 1 all the way; that of the deformations,
+    so that nothing moves further than images of its kind do.
+    """
+
+    def __init__(self, first, second, strength=1.0, batch=1000):
+        """first, second (P,C,H,W), float."""
+        parts = []
+        for a, b in zip(first.split(batch), second.split(batch)):
+            parts.append(register(a.mean(1, keepdim=True), b.mean(1, keepdim=True)))
+        self.v = strength * torch.cat(parts)            # (P,2,28), of second towards first
+
+    def __call__(self, first, second, rows, t):
+        """Of some pairs (M,) what belongs to each image (M,C,H,W), moved to where both meet.
+
+        t (M,) in [0,1]: at 1 first stays as it is and second lies on it, at 0 the reverse.
+        """
+        flow = flow_of(self.v[rows], *first.shape[2:])
+        t = t[:, None, None, None]
+        return warp(first, (t - 1) * flow), warp(second, t * flow)
+
+
+def stiffness(v):
+    """What a flow costs (B,): the square of its affine map, the differences in its grid."""
+    grid = v[:, :, 3:].unflatten(2, (NODES, NODES))
+    across = grid.diff(dim=2).square().mean((1, 2, 3))
+    along = grid.diff(dim=3).square().mean((1, 2, 3))
+    return 0.02 * v[:, :, :3].square().sum((1, 2)) + 0.6 * (across + along)
+
+
+def square_root(v):
+    """B (56,56) of coefficients v (P,2,28): B w, w ~ N(0, I), has their second moments about
+    the mean. Its columns are the principal directions, the widest first.
+    """
+    v = v.flatten(1)
+    if len(v):
+        v = v - v.mean(0)
+    covariance = v.T @ v / max(len(v), 1)
+    variances, axes = torch.linalg.eigh(covariance)
+    return (axes * variances.clamp(min=0).sqrt()).flip(1)
+
+
+def same_class_pairs(y, generator, each=10, most=3000):
+    """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
+    each = min(each, math.ceil(most / max(len(y), 1)), len(y))
+    alike = (y[:, None] == y).fill_diagonal_(False)
+    order = torch.rand(alike.shape, device=y.device, generator=generator) + alike.float()
+    j = order.topk(each, dim=1).indices
+    i = torch.arange(len(y), device=y.device)[:, None].expand_as(j)
+    kept = alike.gather(1, j)           # a small class has fewer
+    return i[kept], j[kept]
+
+
+def proof(x, y, i, j, v, generator, splits=10, views=10, most=150):
+    """How well half of the images, deformed, predicts the other: {(strength, mirror): NLL}.
+
+    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. Of each half only flows of pairs
+    inside it count. Mean over random halves, each both ways, with the same random numbers
+    for every choice, in nats per image; zeros where no half has a pair.
+    """
+    choices = [(strength, False) for strength in STRENGTHS] + [(0.0, True)]
+    sums = torch.zeros(len(choices))
+    count = 0
+    x = blur(x, 1)                      # the neighbour a pixel further counts, too
+    for _ in range(splits):
+        first = random_half(y, generator)
+        for half in (first, ~first):
+            inside = half[i] & half[j]
+            if not inside.any():
+                continue
+            known = half.nonzero()[:, 0][:most]
+            asked = (~half).nonzero()[:, 0][:most]
+            directions = square_root(v[inside])
+            copies = known.repeat(views)
+            state = generator.get_state()
+            for k, choice in enumerate(choices):
+                generator.set_state(state)
+                deform = Deformations(directions, *x.shape[2:], *choice)
+                seen, _ = deform(x[copies], None, generator)
+                sums[k] += kernel_nll(seen, y[copies], x[asked], y[asked])
+            count += 1
+    return dict(zip(choices, (sums / max(count, 1)).tolist()))
+
+
+def random_half(y, generator):
+    """(N,) bool: half of each class, at random; of an odd one the smaller half."""
+    shuffled = torch.randperm(len(y), device=y.device, generator=generator)
+    order = shuffled[y[shuffled].argsort(stable=True)]              # by class
+    counts = y.bincount()
+    start = (counts.cumsum(0) - counts)[y[order]]
+    place = torch.arange(len(y), device=y.device) - start
+    half = torch.empty(len(y), dtype=torch.bool, device=y.device)
+    half[order] = place < counts[y[order]] // 2
+    return half
+
+
+def kernel_nll(x, y, asked, asked_y, floor=0.02):
+    """NLL of labels under a kernel classifier of images x (N,C,H,W), y (N,), in nats.
+
+    Its bandwidth is the best of a few; a part `floor` is spread over the classes.
+    """
+    classes = int(torch.maximum(y.max(), asked_y.max())) + 1
+    square = torch.cdist(asked.flatten(1), x.flatten(1)).square()
+    nearest = square.amin(1).median().clamp(min=1e-12)
+    one_hot = F.one_hot(y, classes).float()
+    losses = []
+    for factor in (0.05, 0.1, 0.2, 0.4):
+        weight = (-square / (2 * factor * nearest)).softmax(1)
+        q = (1 - floor) * weight @ one_hot + floor / classes
+        losses.append(F.nll_loss(q.log(), asked_y).item())
+    return min(losses)
+
+
 # ---- command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
@@ -232,11 +530,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def draw(history, model, data, amp, generator):
-    """The curve, reconstructions of test images, samples from the prior."""
+def draw(history, model, deform, images, data, amp, generator):
+    """The curve, reconstructions of test images, samples from the prior, deformed images."""
     import common
-    fig = common.figure(13, 4.2)
-    curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
+    fig = common.figure(16, 4.2)
+    curve, recon, prior, moves = fig.subplots(1, 4, width_ratios=[1.25, 1, 1, 1])
     steps = [row["step"] for row in history]
     common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats per image")
     curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
@@ -258,6 +556,12 @@ def draw(history, model, data, amp, generator):
     z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
     common.tidy(prior, "What does it imagine?")
     common.show_images(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
+
+    still = as_input(images[torch.linspace(0, len(images) - 1, 8).long()])
+    moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
+    rows = torch.cat([still[:, None], moved.unflatten(0, (8, 7))], 1)
+    common.tidy(moves, "How may they move?")
+    common.show_images(moves, rows.flatten(0, 1), 8, f"a training image, then {deform.words()}")
     return fig
 
 
@@ -269,6 +573,7 @@ def command(run, args):
         rows = common.subset(data, rows, args.images, args.seed)
         common.say_if_few(args.images, data)
     images = data.images[rows.to(run.device)]
+    labels = data.labels[rows.to(run.device)]
     validation = data.images[validation.to(run.device)]
     torch.manual_seed(args.seed)                        # the initial weights
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim).to(run.device)
@@ -290,14 +595,19 @@ def command(run, args):
     if common.RANK > 0:
         return
 
+    fresh = torch.Generator(run.device).manual_seed(args.seed)
+    deform = Deformations.fit(images, labels, fresh)
     metrics = {"train": score(images), "test": score(data.test_images),
-               "history": last.history}
-    common.write(run.out / "vae.png", draw(last.history, model, data, run.amp, generator))
+               "strength": deform.strength, "mirror": deform.mirror,
+               "proof": deform.table(), "history": last.history}
+    common.write(run.out / "vae.png", draw(last.history, model, deform, images, data, run.amp,
+                                           generator))
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
-                model=model.cpu().state_dict())
+                model=model.cpu().state_dict(), deformations=deform.fields())
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
+    print(f"{deform.words()}: how well they predict held-out images decided so")
     if metrics["test"]["kl"] < 0.1:
         print("the latent space has collapsed: KL below 0.1 nats; "
               "lower --beta, or train longer")
