@@ -263,12 +263,15 @@ class HybridMixer:
                              "normalise them afterwards")
         mu, _ = self.encode(x)
         codes = SimpleNamespace(mu=mu.float(), y=y, posterior=self.posterior)
-        i = torch.arange(len(x), device=x.device)
+        # In random order, so that the half that is decoded is any half of the batch.
+        i = torch.randperm(len(x), device=x.device, generator=self.generator)
         j = partners(y, i, 0.3, self.generator)
         t = random_weights(len(x), 4, x.device, self.generator)
         points = line(codes.mu, i, j, t)
-        return make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
-                    deform=self.deform, generator=self.generator)
+        made, q = make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
+                       deform=self.deform, generator=self.generator)
+        back = i.argsort()
+        return made[back], q[back]
 
 
 def entropy(q):
