@@ -138,12 +138,15 @@ def result(stem):
 def rows_of(names=("MNIST", "Fashion-MNIST", "CIFAR-10", "8x8 digits", "glyphs"), sizes=None):
     """The lines of a table: one per set and size."""
     rows = []
-    for name, stem, there in SETS:
+    for name, stem, every in SETS:
         if name not in names:
             continue
-        for n in there:
+        for n in every:
             if sizes is None or n in sizes:
-                rows.append(Row(name, stem, n))
+                # A size with other subsets has a file of its own.
+                own = f"{stem}-{n}"
+                there = (ASSETS / f"{own}.json").exists()
+                rows.append(Row(name, own if there else stem, n))
     return rows
 
 
@@ -365,10 +368,10 @@ def labels():
 
 
 def control_rows():
-    """The three sets of controls, with 100 and with 1,000 images."""
+    """The three sets of controls, with 100 images."""
     rows = []
     for name, stem, _ in SETS[:3]:      # the others have no controls
-        rows += [Row(name, f"{stem}-controls", 100), Row(name, f"{stem}-controls", 1000)]
+        rows.append(Row(name, f"{stem}-controls", 100))
     return rows
 
 
@@ -563,6 +566,49 @@ def network():
                       pm(gain)])
     head = ["data set", "arm", "real images", "before", "now", "difference"]
     return grid(head, lines, words=2)
+
+
+# What was tried of hybrids that move, in words.
+MOVING = {
+    "old,ps=0": "hybrids that do not move",
+    "old": "hybrids deformed, real images not",
+    "decoded": "the same, all of them decoded",
+    "mall": "the same, sources brought into register",
+    "mhalf": "in register, half of them decoded",
+    "mpix": "in register, none decoded",
+    "mown": "the same, labelled at their own code",
+    "dshare": "deformed images in place of hybrids",
+    "deform": "all images deformed, no hybrids",
+    "deformmix": "mixup, then all images deformed",
+    "old,end=s": "hybrids and real images deformed",
+    "old,end=part": "hybrids deformed, and a part s of the real images",
+    "decoded,end=part": "the same, all of them decoded",
+    "mall,end=part": "the same, in register",
+    "dshare,end=part": "deformed images in place of hybrids",
+    "fhalf,end=part": "half decoded, of 2,000 pairs",
+    "shalf,end=part": "the same, brought into register by s: taken",
+}
+
+
+@table("moving")
+def moving():
+    """What was tried of hybrids that move: points over mixup, paired by subset."""
+    found = {(line["set"], line["n"], line["arm"]): line["subsets"]
+             for line in result("trials")["hybrids that move"]["rows"]}
+    lines = []
+    for arm, words in MOVING.items():
+        cells = [words]
+        for name in ("mnist", "fashion-mnist"):
+            mine = found[name, 100, arm]
+            mixup = found[name, 100, "mixup"]
+            seeds = sorted(mine.keys() & mixup.keys())
+            accuracy = [mine[seed][0] - mixup[seed][0] for seed in seeds]
+            nll = [mine[seed][1] - mixup[seed][1] for seed in seeds]
+            cells += [str(len(seeds)), pm(compare.interval(accuracy)),
+                      f"{compare.interval(nll)[0]:+.3f}"]
+        lines.append(cells)
+    head = ["", "subsets", "MNIST", "NLL", "subsets", "Fashion-MNIST", "NLL"]
+    return grid(head, lines)
 
 
 @table("speed")
