@@ -249,7 +249,7 @@ class Deformations:
         `proof`. Without two images of one class nothing moves.
         """
         rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
-        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
+        x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
         y = y[rows].long()
         i, j = same_class_pairs(y, generator)
         v = register(x[i], x[j])
@@ -372,6 +372,8 @@ def register(target, moving, steps=60):
     target, moving (B,C,H,W), float. All pairs at once, from coarse to fine, by Adam on the
     mean square of the difference and what holds the flow back, `stiffness`.
     """
+    target = small(target)
+    moving = small(moving)
     v = torch.zeros(len(target), 2, 3 + NODES ** 2, device=target.device, requires_grad=True)
     optimiser = torch.optim.Adam([v], betas=(0.9, 0.99))
     step = 0
@@ -388,6 +390,11 @@ def register(target, moving, steps=60):
             optimiser.step()
             step += 1
     return v.detach()
+
+
+def small(x):
+    """x (B,C,H,W) with at most 32 pixels a side: flows are as smooth in fewer pixels."""
+    return F.avg_pool2d(x, math.ceil(max(x.shape[2:]) / 32))
 
 
 def stiffness(v):
