@@ -5,7 +5,8 @@
     python cnn.py --dataset mnist --hybrid-fraction 0 --augment --mixup 0.5   # no VAE needed
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
-Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids.
+Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids and for
+        the flows that move real images.
 Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt until compare.py has run.
 """
 import copy
