@@ -245,18 +245,21 @@ class Deformations:
     def fit(cls, images, y, generator, most=1000):
         """From images (N,C,H,W) as of `as_input` and labels y (N,), at most so many of them.
 
-        Strength and mirroring are those under which held-out images are predicted best:
-        `proof`. Without two images of one class nothing moves.
+        The strength is the one under which held-out images are predicted best (`proof`);
+        mirror images are allowed if they predict better by two standard errors. Without two
+        images of one class nothing moves.
         """
         rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
         x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
         y = y[rows].long()
         i, j = same_class_pairs(y, generator)
         v = register(x[i], x[j])
-        nll = proof(x, y, i, j, v, generator)
-        mirror = nll[0.0, True] < nll[0.0, False]
-        _, strength = min((nll[strength, False], strength) for strength in STRENGTHS)
-        return cls(square_root(v), *images.shape[2:], strength, mirror, nll)
+        losses = proof(x, y, i, j, v, generator)
+        nll = losses.mean(0).tolist()
+        _, strength = min(zip(nll, STRENGTHS))          # the last choice is to mirror
+        gain = losses[:, 0] - losses[:, -1]
+        mirror = gain.mean() > 2 * gain.std(correction=0) / len(gain) ** 0.5
+        return cls(square_root(v), *images.shape[2:], strength, bool(mirror), nll)
 
     @classmethod
     def restore(cls, saved: dict, device="cpu"):
@@ -454,16 +457,15 @@ def same_class_pairs(y, generator, each=10, most=3000):
 
 
 def proof(x, y, i, j, v, generator, splits=10, most=150):
-    """How well half of the images, deformed, predicts the other: {(strength, mirror): NLL}.
+    """How well does half of the images, deformed, predict the other half?
 
-    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. Of each half only flows of pairs
-    inside it count, and `most` images. Mean over random halves, each both ways, in nats per
-    image; zeros where no half has a pair.
+    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. -> NLL in nats per image, a row
+    for each of random halves, a column for each of STRENGTHS, and the last for mirror images
+    without a flow. Of a half only flows of pairs inside it count, and `most` images.
     """
     choices = [(strength, False) for strength in STRENGTHS] + [(0.0, True)]
-    sums = torch.zeros(len(choices))
-    count = 0
     x = blur(x, 1)                      # the neighbour a pixel further counts, too
+    rows = []
     for _ in range(splits):
         first = random_half(y, generator)
         for half in (first, ~first):
@@ -472,13 +474,14 @@ def proof(x, y, i, j, v, generator, splits=10, most=150):
                 known = half.nonzero()[:most, 0]
                 asked = (~half).nonzero()[:most, 0]
                 directions = square_root(v[inside])
-                sums += held_out_nll(x, y, known, asked, directions, choices, generator)
-                count += 1
-    return dict(zip(choices, (sums / max(count, 1)).tolist()))
+                rows.append(held_out_nll(x, y, known, asked, directions, choices, generator))
+    if not rows:                        # no half has a pair
+        rows = [[0.0] * len(choices)]
+    return torch.tensor(rows)
 
 
 def held_out_nll(x, y, known, asked, directions, choices, generator, copies=10):
-    """NLL of `asked` images, predicted from deformed copies of `known` ones, per choice.
+    """NLL of `asked` images, predicted from deformed copies of `known` ones, by choice.
 
     The random numbers are the same for each, so that only the choice makes a difference.
     """
@@ -490,7 +493,7 @@ def held_out_nll(x, y, known, asked, directions, choices, generator, copies=10):
         deform = Deformations(directions, *x.shape[2:], *choice)
         seen, _ = deform(x[rows], None, generator)
         losses.append(kernel_nll(seen, y[rows], x[asked], y[asked]))
-    return torch.tensor(losses)
+    return losses
 
 
 def random_half(y, generator):
@@ -609,8 +612,8 @@ def command(run, args):
 
     fresh = torch.Generator(run.device).manual_seed(args.seed)
     deform = Deformations.fit(images, labels, fresh)
-    tried = [{"strength": strength, "mirror": mirror, "nll": nll}
-             for (strength, mirror), nll in deform.nll.items()]
+    *nll, mirrored = deform.nll
+    tried = {"strengths": STRENGTHS, "nll": nll, "nll_mirrored": mirrored}
     metrics = {"train": score(images), "test": score(data.test_images), "proof": tried,
                "strength": deform.strength, "mirror": deform.mirror, "history": last.history}
     common.write(run.out / "vae.png", draw(last.history, model, deform, images, data, run.amp,
