@@ -16,6 +16,8 @@ endif
 SEEDS   ?= 5
 STEPS   ?=
 IMAGE_SIZE ?= 32
+LABELS  ?=
+LABELS_FROM ?=
 DEVICE  ?= auto
 PIP_ARGS ?=
 
@@ -26,19 +28,20 @@ READY  := .venv/ready
 TESTED := .venv/ready-test
 endif
 
-IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE)
+IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE) \
+          $(if $(LABELS),--labels $(LABELS)) $(if $(LABELS_FROM),--labels-from $(LABELS_FROM))
 COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
 MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
 CHECKS := real mixup real+hybrid cutmix mixup+cutmix 'hybrid only' 'prior hybrid' \
           'weight labels' 'density labels' 'no residual' 'all decoded' 'mixup density labels' \
           reconstructions 'latent posterior'
-LABELS := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
+FEW    := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
 vae_settings     := $(COMMON) $(or $(STEP),$(VAE_STEPS)) $(VAE_FLAGS)
-latent_settings  := $(LATER)
+latent_settings  := $(LATER) --review
 hybrids_settings := $(LATER) $(HYBRID_FLAGS)
 cnn_settings     := $(LATER) $(or $(STEP),$(CNN_STEPS))
 compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) \
@@ -51,7 +54,7 @@ compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) \
 all: export IN_CHAIN := yes
 all: $(OUT)/compare.json
 
-$(OUT)/vae.pt: vae.py $(OUT)/.vae.stamp | $(READY)
+$(OUT)/vae.pt: vae.py $(OUT)/.vae.stamp $(wildcard $(LABELS_FROM)) | $(READY)
 	$(PYTHON) vae.py $(vae_settings) --resume
 
 $(OUT)/latent.pt: latent.py $(OUT)/vae.pt $(OUT)/.latent.stamp | $(READY)
@@ -101,7 +104,7 @@ evidence: $(READY)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/far --sizes 50 3000 --seeds 6 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all \
-	  --arms $(LABELS)
+	  --arms $(FEW)
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -123,6 +126,7 @@ help:
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
+	@echo '           LABELS=$(LABELS) LABELS_FROM=$(LABELS_FROM)'
 	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE)'
 	@echo '           PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
 	@echo '           VAE_FLAGS HYBRID_FLAGS COMPARE_FLAGS: any flags of those scripts'

@@ -358,15 +358,20 @@ class Dataset:
         return self.images, self.labels, self.test_images, self.test_labels
 
     def take(self, rows):
-        """Training images of some rows, those with a label and those without."""
+        """The images of some rows."""
         rows = rows.to(self.images.device)
-        if (rows < len(self.images)).all():
-            return self.images[rows]
         taken = self.images.new_empty(len(rows), *self.images.shape[1:])
-        labelled = rows < len(self.images)
-        taken[labelled] = self.images[rows[labelled]]
-        taken[~labelled] = self.unlabelled[rows[~labelled] - len(self.images)]
+        first = 0
+        for images in (self.images, self.unlabelled, self.test_images):
+            here = (rows >= first) & (rows < first + len(images))
+            taken[here] = images[rows[here] - first]
+            first += len(images)
         return taken
+
+    def labels_of(self, rows):
+        """The labels of some rows, -1 where there is none."""
+        none = self.labels.new_full((len(self.unlabelled),), -1)
+        return torch.cat([self.labels, none, self.test_labels])[rows.to(none.device)]
 
     def facts(self) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
@@ -1002,7 +1007,7 @@ def keep_labels(data: Dataset, n: int):
     pool, _ = split(data)
     kept = subset(data, pool, n, 0)
     say_if_few(n, data)
-    labels = torch.cat([data.labels, torch.full((len(data.unlabelled),), -1)])
+    labels = data.labels_of(torch.arange(len(data.images) + len(data.unlabelled)))
     labels[pool] = -1
     labels[kept] = data.labels[kept]
     return labels
@@ -1026,8 +1031,7 @@ def correct_labels(data: Dataset, file: str):
     """Give images the labels that a table has for them in its column new_label."""
     rows = {name: row for row, name in enumerate(data.names)}
     numbers = {name: c for c, name in enumerate(data.classes)}
-    unknown = torch.full((len(data.unlabelled),), -1)
-    labels = torch.cat([data.labels, unknown, data.test_labels])
+    labels = data.labels_of(torch.arange(len(data.names)))
     given = {}
     for line in read_table(Path(file), ["image", "new_label"]):
         image = line["image"]
@@ -1187,7 +1191,8 @@ CONTENT = {
     "light": ["dataset/light float32 0.0 1.0"],         # of older files
     "vae": ["rows int64 0 last_row N", "config/channels int64 C C", "config/height int64 H H",
             "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D"],
-    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 -1 last_class N"],
+    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 -1 last_class N",
+               "given bool 0 1 N"],
     "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K"],
     "cnn": ["config/channels int64 C C", "config/classes int64 K K"]}
 for place in ("teaching", "calibrated/aggregate"):
@@ -1212,6 +1217,8 @@ def check_content(saved: dict, sizes: dict) -> dict:
     ground = "ground" if "ground" in facts else "light"
     for part in CONTENT["dataset"] + CONTENT[ground] + CONTENT[saved["kind"]]:
         place, dtype, low, high, *names = part.split()
+        if place == "given" and place not in saved:     # older files: all are
+            continue
         x = saved
         for key in place.split("/"):
             x = x[key]
@@ -1243,6 +1250,16 @@ def command_for(run: Run, name: str) -> str:
     """The whole command that makes OUT/name."""
     if name != "vae.pt" and (run.out / "vae.pt").exists():      # make might train another VAE
         return shlex.join(["python", f"{Path(name).stem}.py", "-o", str(run.out)])
+    return shlex.join([*make_words(run, run.labels_from), str(run.out / name)])
+
+
+def make_all(run: Run, labels_from: Path) -> str:
+    """The whole command that does all again with the labels of a table."""
+    return shlex.join([*make_words(run, labels_from), "all"])
+
+
+def make_words(run: Run, labels_from) -> list:
+    """make, and the variables that say which images."""
     spec = run.dataset or (run.out.name if run.out.name in TORCHVISION else "glyphs")
     words = ["make"]
     if spec != "glyphs":
@@ -1253,9 +1270,9 @@ def command_for(run: Run, name: str) -> str:
         words.append(f"OUT={run.out}")
     if run.labels:
         words.append(f"LABELS={run.labels}")
-    if run.labels_from:
-        words.append(f"LABELS_FROM={run.labels_from}")
-    return shlex.join([*words, str(run.out / name)])
+    if labels_from:
+        words.append(f"LABELS_FROM={labels_from}")
+    return words
 
 
 # ---- scores ---------------------------------------------------------------------------------
