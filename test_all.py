@@ -4514,7 +4514,7 @@ def seen(tmp_path_factory):
 @pytest.fixture
 def bare(copy, monkeypatch):
     """One's own copy of that folder, where pictures stay empty: drawing takes longest."""
-    def draw(*content):
+    def draw(*content, **look):
         return common.figure(1, 1)
 
     for script in (vae, hybrids, cnn):
@@ -4530,7 +4530,7 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 @pytest.mark.parametrize("kind, upstream, keys", [
     ("vae", [], "config rows model"), ("hybrids", ["vae", "latent"], "images q z"),
-    ("latent", ["vae"], "mu logvar labels calibrated teaching"),
+    ("latent", ["vae"], "mu logvar labels given q calibrated teaching"),
     ("cnn", ["vae", "hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
     saved = read(chain / f"{kind}.pt")

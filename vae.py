@@ -2,6 +2,7 @@
 
     python vae.py                                       # embedded glyphs -> runs/glyphs/vae.pt
     python vae.py --dataset mnist --images 1000            # learn from 1,000 images only
+    python vae.py --dataset mnist --labels 100             # the others without their label
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
 
 Reads:  a data set.
