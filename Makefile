@@ -16,6 +16,8 @@ endif
 SEEDS   ?= 5
 STEPS   ?=
 IMAGE_SIZE ?= 32
+LABELS  ?=
+LABELS_FROM ?=
 DEVICE  ?= auto
 PIP_ARGS ?=
 
@@ -26,7 +28,8 @@ READY  := .venv/ready
 TESTED := .venv/ready-test
 endif
 
-IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE)
+IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE) \
+          $(if $(LABELS),--labels $(LABELS)) $(if $(LABELS_FROM),--labels-from $(LABELS_FROM))
 COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
 MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybrid \
@@ -34,12 +37,12 @@ MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybri
 CHECKS := real mixup cutmix mixup+cutmix deform 'deformed images' 'undeformed hybrid' \
           'cross-faded hybrid' real+hybrid 'weight labels' 'density labels' 'no residual' \
           'hybrid only' 'prior hybrid' reconstructions 'latent posterior'
-LABELS := real mixup deform 'latent posterior' pseudo-labels real+hybrid
+FEW    := real mixup deform 'latent posterior' pseudo-labels real+hybrid
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
 vae_settings     := $(COMMON) $(or $(STEP),$(VAE_STEPS)) $(VAE_FLAGS)
-latent_settings  := $(LATER)
+latent_settings  := $(LATER) --review
 hybrids_settings := $(LATER) $(HYBRID_FLAGS)
 cnn_settings     := $(LATER) $(or $(STEP),$(CNN_STEPS))
 compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) \
@@ -52,7 +55,7 @@ compare_settings := $(COMMON) --sizes $(SIZES) --seeds $(SEEDS) \
 all: export IN_CHAIN := yes
 all: $(OUT)/compare.json
 
-$(OUT)/vae.pt: vae.py $(OUT)/.vae.stamp | $(READY)
+$(OUT)/vae.pt: vae.py $(OUT)/.vae.stamp $(wildcard $(LABELS_FROM)) | $(READY)
 	$(PYTHON) vae.py $(vae_settings) --resume
 
 $(OUT)/latent.pt: latent.py $(OUT)/vae.pt $(OUT)/.latent.stamp | $(READY)
@@ -101,7 +104,7 @@ evidence: $(READY)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 50 100 300 1000 --seeds 10 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all \
-	  --arms $(LABELS)
+	  --arms $(FEW)
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -123,6 +126,7 @@ help:
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
+	@echo '           LABELS=$(LABELS) LABELS_FROM=$(LABELS_FROM)'
 	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE)'
 	@echo '           PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
 	@echo '           VAE_FLAGS HYBRID_FLAGS COMPARE_FLAGS: any flags of those scripts'

@@ -6,7 +6,7 @@
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
 Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids and for
-        the flows that move real images.
+        the flows that move real images; latent.pt, for labels that were spread.
 Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt until compare.py has run.
 """
 import copy
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
+LABELLED = 1 / 8                        # of a batch's real images, where labels are spread
 
 
 class NormalisedConvolution(nn.Module):
@@ -192,26 +193,44 @@ def as_input(images):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(), move=None):
+def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(), move=None,
+            spread=None):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
-    `real` and `hybrids` are pairs of images (N,C,H,W), as of `as_input`, and probabilities
-    (N,K). `share` is the part of a batch drawn from hybrids and given to `mix`, see
-    `share_at`; the others pass through `move`. It, mix and the `transforms` of the whole
-    batch map (x, q, generator) -> (x, q).
+    `real`, `hybrids` and `spread` are pairs of images (N,C,H,W), as of `as_input`, and
+    probabilities (N,K). `share` is the part of a batch drawn from hybrids and given to `mix`,
+    see `share_at`; the others pass through `move`. It, mix and the `transforms` of the whole
+    batch map (x, q, generator) -> (x, q). `spread` are real images whose labels are guesses:
+    of what is drawn from real images `LABELLED` are of those with a given label, or more, if
+    there are more.
     """
+    labelled = 1.0
+    if spread:
+        labelled = max(LABELLED, len(real[1]) / (len(real[1]) + len(spread[1])))
+
     def take(source, count, generator):
         images, q = source
         rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
         return as_input(images[rows]), q[rows]
+
+    def take_real(count, generator):
+        given = round(labelled * count)
+        x, q = take(real, given, generator)
+        if given == count:
+            return x, q
+        spread_x, spread_q = take(spread, count - given, generator)
+        return torch.cat([x, spread_x]), torch.cat([q, spread_q])
 
     def next_batch(generator, done):
         count = 0
         if hybrids or mix:
             count = round(size * share_at(done, share))
         # Without hybrids, what is mixed are real images.
-        x, q = take(hybrids or real, count, generator)
-        real_x, real_q = take(real, size - count, generator)
+        if hybrids:
+            x, q = take(hybrids, count, generator)
+        else:
+            x, q = take_real(count, generator)
+        real_x, real_q = take_real(size - count, generator)
         if mix:
             x, q = mix(x, q, generator)
         if move:
@@ -360,8 +379,8 @@ def parse_args(argv=None):
     parser = flags("cnn.py", __doc__)
     add = parser.add_argument_group("the classifier and its training").add_argument
     add("--images", type=number(int, 1),
-        help="number of real training images, equal numbers per class; if not given, those "
-        "that the VAE saw")
+        help="number of labelled training images, equal numbers per class, and no others; if "
+        "not given, those that the VAE saw, and those that latent.py has spread a label to")
     add("--hybrid-fraction", type=number(float, 0, 1), default=[1.0, 0.0], nargs="+",
         metavar="SHARE", help="share of hybrids in a batch: one number, or one for the first "
         "half of the training and one for its last quarter, linear between; 0 is the plain "
@@ -476,6 +495,18 @@ def mixer(args):
     return mix
 
 
+def with_spread_labels(run, data, upstream):
+    """Images that latent.py has spread a label to, and their labels one-hot; None without."""
+    import common
+    saved = common.load(run, "latent", run.device, like=upstream)
+    rows = upstream["rows"]
+    guessed = (rows >= len(data.images)) & (saved["labels"] >= 0)
+    if not guessed.any():
+        return None
+    q = F.one_hot(saved["labels"][guessed], len(data.classes)).float()
+    return data.take(rows[guessed]), q
+
+
 def command(run, args):
     import common
     if args.predict:
@@ -495,8 +526,13 @@ def command(run, args):
         common.say_if_few(args.images, data)
     else:
         rows = upstream["rows"] if upstream else pool
-    rows = rows.to(run.device)
     classes = len(data.classes)
+    rows = rows.to(run.device)
+    spread = None
+    if rows.max() >= len(data.images):
+        spread = with_spread_labels(run, data, upstream)
+        sources.append(run.out / "latent.pt")
+    rows = rows[rows < len(data.images)]
     real = (data.images[rows], F.one_hot(data.labels[rows], classes).float())
     hybrids = None
     move = None
@@ -514,7 +550,7 @@ def command(run, args):
     if not uses_hybrids:                # then it is the share of --mixup and --cutmix
         share = (1.0, 0.0)
     transforms = [augment] if args.augment else []
-    next_batch = batches(real, size, hybrids, mixer(args), share, transforms, move)
+    next_batch = batches(real, size, hybrids, mixer(args), share, transforms, move, spread)
 
     marks = [common.fingerprint(source) for source in sources]
     last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, net, made_from=marks)
@@ -527,13 +563,16 @@ def command(run, args):
     if common.RANK > 0:
         return
 
+    guesses = len(spread[1]) if spread else 0
     q = predict(model, data.test_images, run.amp).softmax(1)
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
-               "real_images": len(rows)}
+               "real_images": len(rows), "spread_images": guesses}
     common.write(run.out / "cnn.png", draw(last.history, q.cpu(), data.test_labels.cpu(),
                                            common.legible(data.classes)))
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
                 model=model.cpu().state_dict())
+    if guesses:
+        print(f"{guesses:,} images with a label that was spread, beside:")
     print(f"{len(rows):,} real images, {average:.0%} hybrids on average; on {len(q):,} test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))

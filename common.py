@@ -6,6 +6,7 @@ files, scores, training, figures, glyphs.
 import argparse
 import collections
 import contextlib
+import csv
 import ctypes
 import difflib
 import hashlib
@@ -36,6 +37,7 @@ PICTURE_FORMATS = "JPEG PNG GIF PPM BMP TIFF WEBP".split()      # of these files
 # Folders that are parts of a data set, in small letters, as people call them.
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
          "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}
+UNLABELLED = ("unlabelled", "unlabeled")                # a folder of these names is no class
 # What systems put beside pictures, besides all that begins with a dot.
 HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
 # What brings a picture upright, by EXIF's orientation.
@@ -85,6 +87,12 @@ def flags(script: str, doc: str) -> argparse.ArgumentParser:
         help="where named data sets are kept; if not given, as for vae.pt, else data")
     add("--image-size", type=number(int, 16, 64), default=32, metavar="PIXELS",
         help="side to which the images of a folder are scaled")
+    add("--labels", type=number(int, 1), metavar="N",
+        help="number of training images that keep their label, equal numbers per class, "
+        "always the same ones; if not given, as for vae.pt, else all that have one")
+    add("--labels-from", metavar="FILE.csv",
+        help="table of labels to correct or to add, in its columns image and new_label, as "
+        "latent.py --review writes it; if not given, as for vae.pt, else none")
     add("-o", "--out", type=Path, metavar="FOLDER",
         help="working directory; if not given, runs/<name of the data set>")
     add("--seed", type=number(int, 0, 2**32), default=0, help="seed of every random choice")
@@ -218,6 +226,8 @@ class Run:
     dataset: str | None                 # as given; after load_dataset, as used
     data_dir: str | None
     image_size: int
+    labels: int | None                  # as the data set: given, or of vae.pt
+    labels_from: str | None
     settings: dict                      # every flag that can change a result
     cores: int                          # threads that torch would take by itself
     locks: list = field(default_factory=list)
@@ -243,12 +253,14 @@ def start(args) -> Run:
     amp = bfloat16_is_fast(device) if args.amp is None else args.amp
     locks = lock_folder(out) if args.writes else []
     return Run(args.script, out, device, amp, args.seed, args.quiet, args.dataset,
-               args.data_dir, args.image_size, settings(args), cores, locks)
+               args.data_dir, args.image_size, args.labels, args.labels_from, settings(args),
+               cores, locks)
 
 
 def settings(args) -> dict:
     """The flags that can change a result, for the files."""
-    others = ("out script writes resume quiet export image point predict jobs gather").split()
+    others = ("out script writes resume quiet export image point predict jobs gather "
+              "review").split()
     return {key: value for key, value in sorted(vars(args).items()) if key not in others}
 
 
@@ -315,27 +327,62 @@ def require_memory(size, what):
 
 @dataclass
 class Dataset:
-    """Images uint8 (N,C,H,W), labels int64 (N,) in 0..K-1, and the same for test."""
+    """Images uint8 (N,C,H,W), labels int64 (N,) in 0..K-1, and the same for test.
+
+    `unlabelled` (M,C,H,W), M may be 0, are training images without a label. Rows count on: N
+    is that of the first unlabelled image, N+M that of the first test image; so do `names`.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
     name: str
+    unlabelled: torch.Tensor | None = None
+    names: list | None = None           # N + M + tests: files below the folder, or part/number
     validation: torch.Tensor | None = None      # rows that the set itself puts aside
     white: int = 1                      # of the numbers read; 1, too, if all were bytes
     remarks: list = field(default_factory=list)         # what a person should know of it
-    source: dict = field(default_factory=dict)  # spec, data_dir, image_size: to load it again
+    source: dict = field(default_factory=dict)  # spec, data_dir, ...: to load it again
+
+    def __post_init__(self):
+        if self.unlabelled is None:
+            self.unlabelled = self.images[:0]
+        if self.names is None:
+            self.names = []
+            for part, images in (("train", self.images), ("unlabelled", self.unlabelled),
+                                 ("test", self.test_images)):
+                self.names += [f"{part}/{k}" for k in range(len(images))]
 
     def tensors(self):
         return self.images, self.labels, self.test_images, self.test_labels
 
+    def take(self, rows):
+        """The images of some rows."""
+        rows = rows.to(self.images.device)
+        taken = self.images.new_empty(len(rows), *self.images.shape[1:])
+        first = 0
+        for images in (self.images, self.unlabelled, self.test_images):
+            here = (rows >= first) & (rows < first + len(images))
+            taken[here] = images[rows[here] - first]
+            first += len(images)
+        return taken
+
+    def labels_of(self, rows):
+        """The labels of some rows, -1 where there is none."""
+        none = self.labels.new_full((len(self.unlabelled),), -1)
+        return torch.cat([self.labels, none, self.test_labels])[rows.to(none.device)]
+
     def facts(self) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
-        marks = [fingerprint(part.cpu().numpy().tobytes()) for part in self.tensors()]
+        parts = list(self.tensors())
+        if len(self.unlabelled):        # of a set without, the mark is what it was before
+            parts.append(self.unlabelled)
+        marks = [fingerprint(part.cpu().numpy().tobytes()) for part in parts]
         grounds = (ground_of(self.images) / 8).round().unique() * 8
         return {"name": self.name, **self.source, "shape": list(self.images.shape[1:]),
                 "classes": self.classes, "images": len(self.images),
+                "unlabelled": len(self.unlabelled),
                 "white": self.white, "ground": grounds.int().tolist(),
                 "test_images": len(self.test_images),
                 "fingerprint": fingerprint("".join(marks).encode())}
@@ -346,13 +393,21 @@ def load_dataset(run: Run, upstream=None) -> Dataset:
     known = upstream["dataset"] if upstream else {}
     if run.dataset in (None, known.get("spec")):        # scaled as it was for vae.pt
         run.image_size = known.get("image_size", run.image_size)
+        run.labels = run.labels or known.get("labels")
+        run.labels_from = run.labels_from or known.get("labels_from")
     run.dataset = run.dataset or known.get("spec", "glyphs")
     run.data_dir = run.data_dir or known.get("data_dir", "data")
-    run.settings.update(dataset=run.dataset, data_dir=run.data_dir, image_size=run.image_size)
+    source = {"data_dir": run.data_dir, "image_size": run.image_size, "labels": run.labels,
+              "labels_from": run.labels_from}
+    run.settings.update(source, dataset=run.dataset)
 
     data = open_dataset(run.dataset, run.data_dir, run.image_size, run.out)
     check(data, run.image_size)
-    data.source = {"spec": run.dataset, "data_dir": run.data_dir, "image_size": run.image_size}
+    data.source = {"spec": run.dataset, **source}
+    if run.labels:
+        relabel(data, keep_labels(data, run.labels))
+    if run.labels_from:
+        correct_labels(data, run.labels_from)
     if known:
         facts = data.facts()
         alike = (facts["fingerprint"] == known["fingerprint"]
@@ -361,10 +416,14 @@ def load_dataset(run: Run, upstream=None) -> Dataset:
         require(alike, f"{run.out}/vae.pt was made from other images than {run.dataset}; "
                 f"make it with: {command_for(run, 'vae.pt')}")
     elif RANK == 0:                     # a later script need not say it again
+        if len(data.unlabelled):
+            data.remarks.append(f"{len(data.images):,} training images with a label, "
+                                f"{len(data.unlabelled):,} without")
         for remark in [*data.remarks, *repeated_images(data)]:
             print(f"{data.name}: {remark}", file=sys.stderr)
     data.images = data.images.to(run.device)
     data.labels = data.labels.to(run.device)
+    data.unlabelled = data.unlabelled.to(run.device)
     data.test_images = data.test_images.to(run.device)
     data.test_labels = data.test_labels.to(run.device)
     return data
@@ -399,6 +458,8 @@ def check(data: Dataset, side: int):
            "images and labels differ in number")
     expect(len(y) and len(y_test), "no images for training, or none for test")
     expect(x.shape[1:] == x_test.shape[1:], "training and test images differ in shape")
+    expect(x.shape[1:] == data.unlabelled.shape[1:],
+           "images with and without a label differ in shape")
     height, width = x.shape[2:]
     expect(height and width, f"images of {height}x{width} pixels")
     values = y.unique()
@@ -416,16 +477,14 @@ def check(data: Dataset, side: int):
     data.classes = [readable(str(name)) for name in names]
     data.labels = torch.searchsorted(values, y)
     data.test_labels = torch.searchsorted(values, y_test)
-    if is_grey(x) and is_grey(x_test):
-        x = to_grey(x)
-        x_test = to_grey(x_test)
+    parts = [x, x_test, data.unlabelled]
+    if all(is_grey(part) for part in parts if len(part)):
+        parts = [to_grey(part) for part in parts]
     if max(height, width) > 64 or min(height, width) < 16:
-        x = resize(x, side)
-        x_test = resize(x_test, side)
+        parts = [resize(part, side) for part in parts]
         data.remarks.append(f"of images of {height}x{width} pixels, the middle squares are "
                             f"scaled to {side}x{side}")
-    data.images = x
-    data.test_images = x_test
+    data.images, data.test_images, data.unlabelled = parts
 
 
 def readable(name: str) -> str:
@@ -436,8 +495,14 @@ def readable(name: str) -> str:
 def repeated_images(data: Dataset) -> list:
     """Remarks on images that training has, and that should measure what it has learnt."""
     pool, validation = split(data)
-    known = {hash(image.tobytes()) for image in data.images[pool].numpy()}
+    labelled = {hash(image.tobytes()) for image in data.images[pool].numpy()}
     remarks = []
+    without = [hash(image.tobytes()) for image in data.unlabelled.numpy()]
+    count = sum(mark in labelled for mark in without)
+    if count:
+        remarks.append(f"{count:,} of {len(without):,} images without a label are there with "
+                       "one, too, pixel for pixel; move them, do not copy")
+    known = labelled.union(without)
     for part, images in (("validation", data.images[validation]), ("test", data.test_images)):
         count = sum(hash(image.tobytes()) in known for image in images.numpy())
         if count:
@@ -493,21 +558,28 @@ def torchvision_part(name: str, root: str, train: bool):
 
 
 def npz_dataset(path: Path) -> Dataset:
-    """x_train y_train x_test y_test [classes]; images (N,H,W), (N,H,W,C) or (N,C,H,W)."""
+    """x_train y_train x_test y_test [classes x_unlabelled].
+
+    Images are (N,H,W), (N,H,W,C) or (N,C,H,W).
+    """
     try:
         require_regular(path)
         with np.load(path, allow_pickle=False) as file:
             size = sum(part.file_size for part in file.zip.infolist())
             require_memory(2 * size, path)
-            images, white, remarks = as_images(file["x_train"], file["x_test"])
+            arrays = [file["x_train"], file["x_test"]]
+            arrays += [file[f"x_{name}"] for name in UNLABELLED if f"x_{name}" in file.files]
+            images, white, remarks = as_images(*arrays)
+            unlabelled = torch.cat(images[2:]) if len(images) > 2 else None
             labels, classes = as_labels(file["y_train"], file["y_test"])
             if classes is None and "classes" in file.files:
                 classes = file["classes"].astype(str).tolist()
     except Exception as error:          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., "
-                      "y_train=..., x_test=..., y_test=..., [classes=...])") from None
-    return Dataset(images[0], labels[0], images[1], labels[1], classes, path.stem, white=white,
-                   remarks=remarks)
+                      "y_train=..., x_test=..., y_test=..., [classes=...], "
+                      "[x_unlabelled=...])") from None
+    return Dataset(images[0], labels[0], images[1], labels[1], classes, path.stem, unlabelled,
+                   white=white, remarks=remarks)
 
 
 def as_labels(train, test):
@@ -629,11 +701,20 @@ def resize(images, side: int):
 # ---- folders of pictures --------------------------------------------------------------------
 
 def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
-    """root/<class>/*, a fifth of it for test; or root/train/<class>/*, and so for test."""
+    """root/<class>/*, a fifth of it for test; or root/train/<class>/*, and so for test.
+
+    root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
+    """
     left_out = []
+    unlabelled = []
     samples = {"train": [], "validation": [], "test": []}
-    for part, folder in find_parts(root).items():
-        samples[part] = class_files(folder, left_out)
+    parts = find_parts(root)
+    for part, folder in parts.items():
+        samples[part] = class_files(folder, left_out, unlabelled if part == "train" else None)
+    if parts["train"] != root:
+        for folder in subfolders(root, []):
+            if folder.name.lower() in UNLABELLED:
+                unlabelled += pictures_in(folder, left_out)
     classes = sorted({name for _, name in samples["train"]})
     files = []
     labels = []
@@ -645,19 +726,23 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
             files.append(file)
             labels.append(classes.index(name))
     labels = torch.tensor(labels)
+    files += unlabelled
     images, white, remarks = read_once(files, side, cache, root)
     if left_out:
         counts = collections.Counter(left_out).most_common()
         remarks.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in counts))
 
     sizes = [len(pairs) for pairs in samples.values()]
-    first, validation, last = torch.arange(len(files)).split(sizes)
+    first, validation, last = torch.arange(len(labels)).split(sizes)
     if not samples["test"]:             # the fifth does not depend on --seed: test stays test
         first, last = hold_out(labels, first, 0.2)
     rows = torch.cat([first, validation])
     name = Path(os.path.abspath(root)).name             # of ".", too
+    names = []
+    for row in [*rows.tolist(), *range(len(labels), len(files)), *last.tolist()]:
+        names.append(readable(Path(files[row]).relative_to(root).as_posix()))
     data = Dataset(images[rows], labels[rows], images[last], labels[last], classes, name,
-                   white=white, remarks=remarks)
+                   images[len(labels):], names, white=white, remarks=remarks)
     if samples["validation"]:
         data.validation = torch.arange(len(first), len(rows))
     return data
@@ -669,9 +754,9 @@ def find_parts(root: Path) -> dict:
     others = []
     for folder in subfolders(root, []):
         part = PARTS.get(folder.name.lower())
-        if part is None:
+        if part is None and folder.name.lower() not in UNLABELLED:
             others.append(folder)
-        else:
+        elif part:
             other = parts.setdefault(part, folder)
             require(other == folder, f"{root}: {other.name}/ and {folder.name}/ are either "
                     f"both its {part} images, or two classes; rename one")
@@ -722,11 +807,23 @@ def pictures_in(folder: Path, left_out: list) -> list:
     return sorted(files, key=os.path.split)
 
 
-def class_files(folder: Path, left_out: list) -> list:
-    """(file, class) of each picture in a folder of classes."""
+def class_files(folder: Path, left_out: list, unlabelled: list | None) -> list:
+    """(file, class) of each picture in a folder of classes.
+
+    Those in a folder called unlabelled go to the list of that name; None: there may be none.
+    """
     samples = []
     for path in subfolders(folder, left_out):
         files = pictures_in(path, left_out)
+        name = path.name.lower()
+        if name in UNLABELLED:
+            require(unlabelled is not None, f"{path}: images without a label are for "
+                    f"training; move them to {folder.parent / name}")
+            unlabelled += files
+            continue
+        near = difflib.get_close_matches(name, UNLABELLED, 1, 0.9)
+        require(not near, f"{path}: is {path.name} a class? if its images have no label, "
+                f"rename it {''.join(near)}, else anything else")
         require(files, f"{folder}: no pictures in {path.name}/; remove it, or add "
                 f"some ({' '.join(IMAGE_FILES)})")
         samples += [(file, path.name) for file in files]
@@ -905,6 +1002,56 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     return torch.cat(parts)[turn][:n]
 
 
+def keep_labels(data: Dataset, n: int):
+    """Labels (N+M,) of all training images, -1 for none: of the pool n keep theirs."""
+    pool, _ = split(data)
+    kept = subset(data, pool, n, 0)
+    say_if_few(n, data)
+    labels = data.labels_of(torch.arange(len(data.images) + len(data.unlabelled)))
+    labels[pool] = -1
+    labels[kept] = data.labels[kept]
+    return labels
+
+
+def relabel(data: Dataset, labels):
+    """Give training images these labels (N+M,), -1 for none; validation images stay that."""
+    _, validation = split(data)
+    images = torch.cat([data.images, data.unlabelled])
+    known = labels >= 0
+    order = (~known).long().argsort(stable=True)        # those with a label come first
+    names = [data.names[row] for row in order.tolist()]
+    data.names = names + data.names[len(labels):]
+    data.images = images[known]
+    data.labels = labels[known]
+    data.unlabelled = images[~known]
+    data.validation = torch.isin(order, validation).nonzero()[:, 0]
+
+
+def correct_labels(data: Dataset, file: str):
+    """Give images the labels that a table has for them in its column new_label."""
+    rows = {name: row for row, name in enumerate(data.names)}
+    numbers = {name: c for c, name in enumerate(data.classes)}
+    labels = data.labels_of(torch.arange(len(data.names)))
+    given = {}
+    for line in read_table(Path(file), ["image", "new_label"]):
+        image = line["image"]
+        name = line["new_label"]
+        if not name:
+            continue
+        require(image in rows, f"{file}: {data.name} has no image {image!r}; they are called "
+                f"{data.names[0]} and so on, see latent.csv")
+        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
+                f"are {', '.join(data.classes[:20])}")
+        require(given.setdefault(image, name) == name,
+                f"{file}: {image} is both {given[image]} and {name}; remove one line")
+        labels[rows[image]] = numbers[name]
+    require(given, f"{file}: no line has a new label; write some into its column new_label")
+    count = len(labels) - len(data.test_labels)
+    data.test_labels = labels[count:]
+    relabel(data, labels[:count])
+    data.remarks.append(f"{len(given):,} labels are those of {file}")
+
+
 def say_if_few(n: int, data: Dataset):
     """A word on subsets that have no image of some classes."""
     classes = len(data.classes)
@@ -956,6 +1103,25 @@ def as_bytes(content, suffix: str):
     else:
         torch.save(content, buffer)
     return buffer.getbuffer()
+
+
+def read_table(file: Path, columns: list) -> list:
+    """A dict a line of a table with these columns, whatever program has saved it."""
+    try:
+        require_regular(file)
+        text = file.read_text("utf-8-sig")
+        mark = max(",;\t", key=text.partition("\n")[0].count)  # some spreadsheets write ";"
+        lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
+        for line in lines:
+            for column in columns:
+                line[column] = line[column].strip()
+    except KeyError as missing:
+        raise Mistake(f"{file} has no column {missing}; wanted {' and '.join(columns)}, as "
+                      "latent.py --review writes them") from None
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise Mistake(f"{file} cannot be read as a table ({error}); wanted lines of "
+                      f"{','.join(columns)}, as latent.py --review writes them") from None
+    return lines
 
 
 def fingerprint(source: Path | bytes) -> str:
@@ -1028,7 +1194,8 @@ CONTENT = {
             f"deformations/directions {FINITE} coefficients R",
             "deformations/height int64 H H", "deformations/width int64 W W",
             "deformations/strength float32 0.0 1.0", "deformations/mirror bool 0 1"],
-    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 0 last_class N"],
+    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 -1 last_class N",
+               "given bool 0 1 N"],
     "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K",
                 "flows float16 -200 200 F H W xy"],
     "cnn": ["config/channels int64 C C", "config/classes int64 K K"]}
@@ -1046,12 +1213,16 @@ def check_content(saved: dict, sizes: dict) -> dict:
     channels, height, width = facts["shape"]
     classes = len(facts["classes"])
     sizes = {"C": channels, "H": height, "W": width, "K": classes, "last_class": classes - 1,
-             "last_row": facts["images"] - 1, **sizes}
+             "last_row": facts["images"] + facts.get("unlabelled", 0) - 1, **sizes}
     require(isinstance(facts["spec"] + facts["data_dir"] + facts["fingerprint"], str), "words")
+    require(isinstance(facts.get("labels_from") or "", str), "words")
+    require(isinstance(facts.get("labels") or 1, int), "labels")
     form(saved.get("model", {}))
     ground = "ground" if "ground" in facts else "light"
     for part in CONTENT["dataset"] + CONTENT[ground] + CONTENT[saved["kind"]]:
         place, dtype, low, high, *names = part.split()
+        if place == "given" and place not in saved:     # older files: all are
+            continue
         x = saved
         for key in place.split("/"):
             x = x[key]
@@ -1083,6 +1254,16 @@ def command_for(run: Run, name: str) -> str:
     """The whole command that makes OUT/name."""
     if name != "vae.pt" and (run.out / "vae.pt").exists():      # make might train another VAE
         return shlex.join(["python", f"{Path(name).stem}.py", "-o", str(run.out)])
+    return shlex.join([*make_words(run, run.labels_from), str(run.out / name)])
+
+
+def make_all(run: Run, labels_from: Path) -> str:
+    """The whole command that does all again with the labels of a table."""
+    return shlex.join([*make_words(run, labels_from), "all"])
+
+
+def make_words(run: Run, labels_from) -> list:
+    """make, and the variables that say which images."""
     spec = run.dataset or (run.out.name if run.out.name in TORCHVISION else "glyphs")
     words = ["make"]
     if spec != "glyphs":
@@ -1091,7 +1272,11 @@ def command_for(run: Run, name: str) -> str:
         words.append(f"DATA={run.data_dir}")
     if run.out != Path("runs", Path(spec).stem):
         words.append(f"OUT={run.out}")
-    return shlex.join([*words, str(run.out / name)])
+    if run.labels:
+        words.append(f"LABELS={run.labels}")
+    if labels_from:
+        words.append(f"LABELS_FROM={labels_from}")
+    return words
 
 
 # ---- scores ---------------------------------------------------------------------------------

@@ -676,7 +676,7 @@ def summary(run, table, rows, grid: Grid):
     curves(*bottom.subplots(1, 2), table, rows, grid)
     latent.draw_map(left.subplots(), codes["mu"], codes["labels"], classes,
                     latent.best_calibrated(codes),
-                    torch.Generator().manual_seed(run.seed))
+                    torch.Generator().manual_seed(run.seed), given=codes.get("given"))
     return sheet
 
 

@@ -415,10 +415,12 @@ def command(run, args):
     from vae import VAE, Deformations, Morph, decode_all, encode_all
     earlier = earlier_export(args.export) if args.export else []
     upstream = common.load(run, "vae", run.device, VAE.restore)
-    codes = Codes.restore(common.load(run, "latent", run.device, Codes.restore, upstream))
+    saved = common.load(run, "latent", run.device, Codes.restore, upstream)
+    codes = Codes.restore(saved)
     model = VAE.restore(upstream, run.device)
     data = common.load_dataset(run, upstream)
-    images = data.images[upstream["rows"].to(run.device)]
+    rows = upstream["rows"][saved["labels"] >= 0]
+    images = data.take(rows)
     if args.cut is None:                # recorded as what is done
         args.cut = run.settings["cut"] = images.shape[1] == 3
     generator = torch.Generator(run.device).manual_seed(args.seed)
@@ -461,6 +463,10 @@ def command(run, args):
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
+    spread = int((rows >= len(data.images)).sum())
+    if spread:
+        print(f"made of {len(rows) - spread:,} images with a label and {spread:,} with one "
+              "that was spread")
     if args.export:
         for file in earlier:
             file.unlink()

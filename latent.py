@@ -3,12 +3,18 @@
     python latent.py                              # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
     python latent.py -o runs/mnist --image seven.png   # the percentages of a picture
     python latent.py -o runs/mnist --point=-0.3,1.2,...      # of a latent point, D numbers
+    python latent.py --review                     # which labels to look at next: review.csv
 
-Reads:  vae.pt and its data set.
-Writes: latent.pt latent.json latent.png.
+Reads:  vae.pt and its data set; with --review, the new labels in review.csv, which it keeps.
+Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv review.png.
 """
+import collections
+import csv
+import io
 import itertools
 import math
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -101,7 +107,7 @@ class Aggregate(Posterior):
     def log_density(self, z, logvar=None, without=None):
         """log p(z|c) (M,K). `without` (M,): the code that each point is, to be left out."""
         parts = []
-        size = max(1, 2**24 // len(self.mu))            # 2^24 pairs of point and code at once
+        size = max(1, 2**21 // len(self.mu))            # pairs of point and code at once
         for rows in torch.arange(len(z), device=z.device).split(size):
             own = None if logvar is None else logvar[rows].exp()
             left_out = None if without is None else without[rows]
@@ -204,9 +210,11 @@ class Codes(NamedTuple):
 
     @classmethod
     def restore(cls, saved: dict):
-        """The codes of a loaded latent.pt."""
+        """The codes of a loaded latent.pt that have a label, given or spread."""
         posterior = Aggregate(**saved["teaching"])
-        return cls(saved["mu"], saved["logvar"], saved["labels"], posterior)
+        known = saved["labels"] >= 0
+        return cls(saved["mu"][known], saved["logvar"][known], saved["labels"][known],
+                   posterior)
 
 
 def teach(mu, logvar, y, classes, bandwidth=1.0):
@@ -366,6 +374,68 @@ def spread_labels(mu, y, classes, neighbours=10, alpha=0.99):
     return torch.cat([given, found]).to(y.device)
 
 
+def suspects(q, y):
+    """Which labels y (N,) look wrong by percentages q (N,K) that do not know them.
+
+    -> rows, the likeliest to be wrong first, and the class that each should have. As in
+    confident learning (Northcutt et al. 2021), each class is measured by what the images that
+    are labelled so have of it on average; the order is that of q(y) to q(that other class).
+    """
+    own_share = F.one_hot(y, q.shape[1]).to(q)
+    usual = (own_share * q).sum(0) / own_share.sum(0).clamp(min=1)
+    measured = q / usual.clamp(min=1e-6)
+    place = torch.arange(len(y), device=y.device)
+    own = measured[place, y]
+    others = measured.index_put((place, y), torch.zeros_like(own))
+    best, claim = others.max(1)
+    odds = own.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
+    order = odds.argsort(stable=True)
+    rows = order[odds[order] < 0]
+    return rows, claim[rows]
+
+
+def to_label(q, mu, known, count):
+    """Rows of q (M,K), mu (M,D) whose label would teach most: undecided, unlike each other.
+
+    Of the ten times `count` least certain ones each is the farthest (Gonzalez 1985) from the
+    codes `known` (N,D) and from those that were taken before it.
+    """
+    undecided = q.amax(1).argsort(stable=True)[:10 * count]
+    z = mu[undecided]
+    distance = torch.cdist(z, known).amin(1)
+    taken = []
+    for _ in range(min(count, len(z))):
+        k = int(distance.argmax())
+        taken.append(k)
+        distance = distance.minimum((z - z[k]).norm(dim=1))
+        distance[k] = -1
+    return undecided[torch.tensor(taken, dtype=torch.long, device=mu.device)]
+
+
+def near_duplicates(mu, images, test_mu, test_images, most=0.05, neighbours=5):
+    """Pairs of almost the same image: rows of images, rows of test images, their difference.
+
+    The nearest codes of each test image are looked at; the difference is the mean squared one
+    of pixels, in parts of the test image's variance. The smallest first, `most` at most.
+    """
+    k = min(neighbours, len(mu))
+    parts = []
+    for z in test_mu.split(max(1, 2**24 // len(mu))):
+        parts.append(torch.cdist(z, mu).topk(k, largest=False).indices)
+    nearest = torch.cat(parts)          # (T,k)
+    difference = torch.full(nearest.shape, math.inf, device=mu.device)
+    for rows in torch.arange(len(test_mu), device=mu.device).split(1000):
+        x = test_images[rows].float().flatten(1)
+        variance = x.var(1, unbiased=False).clamp(min=1)
+        for j in range(k):
+            other = images[nearest[rows, j]].float().flatten(1)
+            difference[rows, j] = (x - other).square().mean(1) / variance
+    least, j = difference.min(1)
+    tests = (least <= most).nonzero()[:, 0]
+    tests = tests[least[tests].argsort(stable=True)]
+    return nearest[tests, j[tests]], tests, least[tests]
+
+
 def words(q, classes, most=2) -> str:
     """Probabilities (K,) in words: the likeliest classes, the likeliest last.
 
@@ -385,7 +455,10 @@ def parse_args(argv=None):
     parser = flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
     add("--codes", type=number(int, 2), default=20_000,
-        help="highest number of codes that the density is made of")
+        help="highest number of codes that the density is made of, and of images without a "
+        "label that one is spread to")
+    add("--review", action="store_true",
+        help="write review.csv and review.png as well: which labels to look at next")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
     add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point, and stop")
     args = parser.parse_args(argv)
@@ -414,21 +487,28 @@ def undecided_points(mu, posterior, generator, count=200):
     return z[certainty.argsort()[:count]]
 
 
-def draw_map(axes, mu, y, classes, posterior, generator, crosses=7):
+def draw_map(axes, mu, y, classes, posterior, generator, crosses=7, given=None):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages.
 
+    Labels y (N,) are -1 where there is none. Those `given` (N,) are large where not all are.
     To be drawn last of its figure: the labels are placed on the finished layout.
     """
     import common
     from matplotlib.transforms import Bbox
     common.tidy(axes, "Where do the classes live?", "first main direction",
                 "second main direction")
+    unknown = mu[y < 0]
+    mu = mu[y >= 0]
+    given = None if given is None or given.all() else given[y >= 0]
+    y = y[y >= 0]
     mean, directions = plane_of(mu, y, len(classes))
     xy = (mu - mean) @ directions
+    without = (unknown[:1500] - mean) @ directions
+    axes.scatter(without[:, 0], without[:, 1], s=3, color="0.6", alpha=0.35, linewidths=0)
     centres = []
     for c in y.unique().tolist():
         centres.append(xy[y == c].mean(0))
-        draw_class(axes, xy[y == c], c)
+        draw_class(axes, xy[y == c], c, None if given is None else given[y == c])
 
     z = undecided_points(mu, posterior, generator)
     flat = (z - mean) @ directions
@@ -456,14 +536,25 @@ def draw_map(axes, mu, y, classes, posterior, generator, crosses=7):
         write_near(axes, text, point, boxes, (15, 25, 38, 54), size=9.5, zorder=10)
 
 
-def draw_class(axes, xy, c):
-    """Points (N,2) of class c, and an ellipse of 1.5 standard deviations about their mean."""
+def draw_class(axes, xy, c, given=None):
+    """Points (N,2) of class c, and an ellipse of 1.5 standard deviations about their mean.
+
+    With `given` (N,) those are large, the others small.
+    """
     import common
     from matplotlib.patches import Ellipse
     colour = common.COLOURS[c % 10]
-    some = xy[:1500]                    # more would hide each other
-    axes.scatter(some[:, 0], some[:, 1], s=9, color=colour, alpha=0.35, linewidths=0,
-                 marker=common.MARKERS[c % 10])
+    look = dict(color=colour, marker=common.MARKERS[c % 10])
+    large = xy[:0]
+    small = xy[:1500]                   # more would hide each other
+    size = 9
+    if given is not None:
+        large = xy[given][:1500]
+        small = xy[~given][:1500]
+        size = 4
+    axes.scatter(small[:, 0], small[:, 1], s=size, alpha=0.35, linewidths=0, **look)
+    axes.scatter(large[:, 0], large[:, 1], s=30, edgecolors="white", linewidths=0.5, zorder=3,
+                 **look)
     if len(xy) < 3:
         return
     variance, turn = torch.linalg.eigh(xy.T.double().cov())
@@ -568,6 +659,228 @@ def worth(q, y) -> dict:
             "reliability": common.reliability(q, y)}
 
 
+REVIEWED = 100                          # most images of a kind in review.csv
+WHY = ("label looks wrong", "label would teach most", "nearly a training image")
+COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "like"]
+BANDWIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5)        # of the density; one is chosen
+
+
+class Part(NamedTuple):
+    """Images of a data set as this script sees them."""
+    name: str
+    rows: torch.Tensor                  # (N,) as Dataset counts them
+    given: torch.Tensor                 # (N,) labels, -1 where there is none
+    y: torch.Tensor                     # (N,) these and, among training images, spread ones
+    mu: torch.Tensor                    # (N,D)
+    logvar: torch.Tensor                # (N,D)
+
+    def take(self, some):
+        """The images of some places."""
+        return Part(self.name, *(column[some] for column in self[1:]))
+
+
+def with_spread(mu, given, classes, most):
+    """Labels (N,) of codes mu (N,D): the given ones and, where these are -1, spread ones.
+
+    To at most `most` of the codes without a label, from at most so many with one. Says what
+    became of it.
+    """
+    known = (given >= 0).nonzero()[:, 0]
+    without = (given < 0).nonzero()[:, 0]
+    if not len(without):
+        return given
+    known = known[subsample(len(known), most).to(mu.device)]
+    asked = without[subsample(len(without), most).to(mu.device)]
+    found = spread_labels(mu[torch.cat([known, asked])], given[known], classes)
+    labels = given.clone()
+    labels[asked] = found[len(known):]
+    count = int((labels[asked] >= 0).sum())
+    if count:
+        print(f"labels are spread to {count:,} of {len(without):,} images without one")
+    else:
+        print("the labels do not predict each other: none is spread to the "
+              f"{len(without):,} images without one, only labelled ones are used")
+    return labels
+
+
+def densities(known, prior, validation, test):
+    """Both densities, calibrated, their q of the test images, what they are worth; by name.
+
+    `known`, `validation` and `test` are parts, `prior` is (K,).
+    """
+    codes = (known.mu, known.logvar, known.y)
+    classes = len(prior)
+
+    def aggregate(bandwidth):
+        return Aggregate.fit(*codes, classes, bandwidth)
+
+    def gaussian(shrinkage):
+        return Gaussian.fit(*codes, classes, shrinkage)
+
+    narrow = aggregate(0.0)(test.mu, test.logvar)
+    metrics = {"class priors": worth(prior.expand_as(narrow), test.y),
+               "encoder's width": worth(narrow, test.y)}
+    calibrated = {}
+    shares = {}
+    for name, fit, choices in (("aggregate", aggregate, BANDWIDTHS),
+                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
+        posterior, choice = calibrate(fit, choices, validation.mu, validation.logvar,
+                                      validation.y)
+        calibrated[name] = posterior
+        shares[name] = posterior(test.mu, test.logvar)
+        metrics[name] = {**worth(shares[name], test.y), "choice": choice,
+                         "temperature": posterior.temperature}
+    return calibrated, shares, metrics
+
+
+def without_own(posterior, part, some):
+    """q (N,K) of the images of a part, those at the places `some` without their own code.
+
+    The aggregate `posterior` is that of these places.
+    """
+    own = torch.full_like(part.rows, -1)
+    own[some[part.y[some].argsort(stable=True)]] = torch.arange(len(some), device=own.device)
+    log_density = posterior.log_density(part.mu, part.logvar, own)
+    return posterior.weigh(log_density, posterior.image_floor)
+
+
+def percentage_table(data, parts) -> str:
+    """CSV of a line an image: its labels, its likeliest class, how sure that is, all shares.
+
+    `parts`: a part and its q (N,K) each.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow("image part label spread likeliest sure".split() + data.classes)
+    names = [*data.classes, ""]         # the last one, -1, is none
+    for part, q in parts:
+        sure, likeliest = q.max(1)
+        columns = (part.rows, part.given, part.y, likeliest, sure, q)
+        for row, label, y, best, most, shares in zip(*(column.tolist() for column in columns)):
+            table.writerow([data.names[row], part.name if label >= 0 else "unlabelled",
+                            names[label], names[y] if y != label else "", names[best],
+                            f"{most:.4f}", *(f"{share:.4f}" for share in shares)])
+    return text.getvalue()
+
+
+def shares_by_others(train, validation, classes, most):
+    """q (n,K) of the images with a given label, by the given labels of the others alone.
+
+    A label that was spread to an image's neighbours would come back from them.
+    """
+    given = train.take((train.given >= 0).nonzero()[:, 0])
+    some = subsample(len(given.rows), most).to(given.rows.device)
+    known = given.take(some)
+
+    def aggregate(bandwidth):
+        return Aggregate.fit(known.mu, known.logvar, known.y, classes, bandwidth)
+
+    posterior, _ = calibrate(aggregate, BANDWIDTHS, validation.mu, validation.logvar,
+                             validation.y)
+    return without_own(posterior, given, some)
+
+
+def findings(data, train, test, q, by_others, test_q, seen) -> list:
+    """What a person should look at, a dict an image: `COLUMNS`, and the "rows" to be shown.
+
+    Percentages: q (N,K) of training images, `by_others` of those with a label, `test_q`.
+    Images whose names are in `seen` are left out.
+    """
+    unseen = torch.tensor([name not in seen for name in data.names]).to(train.rows.device)
+    labelled = train.take((train.given >= 0).nonzero()[:, 0])
+    found = []
+
+    def add(why, part, shares, best, like=None):
+        for k, row in enumerate(part.rows.tolist()):
+            label = int(part.given[k])
+            line = {"image": data.names[row], "why": why,
+                    "label": data.classes[label] if label >= 0 else "",
+                    "likeliest": data.classes[int(best[k])],
+                    "sure": f"{float(shares[k, best[k]]):.4f}", "rows": [row]}
+            if like is not None:
+                line["like"] = data.names[like[k]]
+                line["rows"] = [int(like[k]), row]
+            found.append(line)
+
+    places, classes = suspects(by_others, labelled.given)
+    new = unseen[labelled.rows[places]].nonzero()[:REVIEWED, 0]
+    places = places[new]
+    add(WHY[0], labelled.take(places), by_others[places], classes[new])
+
+    places = ((train.given < 0) & unseen[train.rows]).nonzero()[:, 0]
+    places = places[to_label(q[places], train.mu[places], labelled.mu, REVIEWED)]
+    add(WHY[1], train.take(places), q[places], q[places].argmax(1))
+
+    alike, places, _ = near_duplicates(train.mu, data.take(train.rows), test.mu,
+                                       data.test_images)
+    new = unseen[test.rows[places]].nonzero()[:REVIEWED, 0]
+    places = places[new]
+    add(WHY[2], test.take(places), test_q[places], test_q[places].argmax(1),
+        train.rows[alike[new]].tolist())
+    return found
+
+
+def new_labels(path) -> dict:
+    """The lines of a table that a person has written a new label into, by image."""
+    import common
+    if path is None or not Path(path).exists():
+        return {}
+    lines = common.read_table(Path(path), ["image", "new_label"])
+    return {line["image"]: line for line in lines if line["new_label"]}
+
+
+def draw_review(data, found):
+    """The first of each kind, with what the percentages say."""
+    import common
+    fig = common.figure(13, 7.5)
+    classes = dict(zip(data.classes, common.legible(data.classes)))
+    for why, part in zip(WHY, fig.subfigures(len(WHY), 1)):
+        lines = [line for line in found if line["why"] == why]
+        count = f"{len(lines)} images" if lines else "none"
+        part.suptitle(f"{why.capitalize()}: {count}", x=0.01, ha="left", fontsize=11,
+                      fontweight="bold")
+        for axes, line in itertools.zip_longest(part.subplots(1, 10), lines[:10]):
+            if line is None:
+                axes.set_axis_off()
+                continue
+            caption = f"{float(line['sure']):.0%} {classes[line['likeliest']]}"
+            if line["label"]:
+                caption = f"{classes[line['label']]}; rather\n{caption}"
+            rows = torch.tensor(line["rows"])
+            common.show_images(axes, data.take(rows), len(rows), caption)
+    return fig
+
+
+def review(run, data, earlier, found):
+    """Write review.csv and review.png; what a person has filled in, `earlier`, stays."""
+    import common
+    path = run.out / "review.csv"
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows([*earlier.values(), *found])
+    common.write(run.out / "review.png", draw_review(data, found))
+    before = new_labels(path)
+    time = path.stat().st_mtime_ns if before else 0
+    common.write(path, text.getvalue())
+    if before and before.keys() == earlier.keys():
+        os.utime(path, ns=(time, time))         # no new label in it: nothing for make to do
+    counts = collections.Counter(line["why"] for line in found)
+    print("to look at next:", ", ".join(f"{counts[why]} {why}" for why in WHY))
+    print(f"their classes, right or not, go into the column new_label of {path}; then:",
+          common.make_all(run, path), sep="\n")
+    print(run.out / "review.png")
+
+
+def report(metrics):
+    """What the percentages are worth, as a table."""
+    print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
+    line = "{accuracy:10.1%} {nll:6.3f} {brier:6.3f} {ece:6.3f}  {low:.3f} to {high:.3f}"
+    for name, scores in metrics.items():
+        low, high = scores["ece_interval"]
+        print(f"{name:15}" + line.format(low=low, high=high, **scores))
+
+
 def command(run, args):
     import common
     from vae import VAE, encode_all
@@ -578,53 +891,51 @@ def command(run, args):
     model = VAE.restore(upstream, run.device)
     data = common.load_dataset(run, upstream)
     classes = len(data.classes)
-    rows = upstream["rows"].to(run.device)
-    y = data.labels[rows]
-    mu, logvar = encode_all(model, data.images[rows], run.amp)
-    _, validation = common.split(data)
-    validation = validation[subsample(len(validation), 2000)].to(run.device)
-    validation_codes = encode_all(model, data.images[validation], run.amp)
-    test_codes = encode_all(model, data.test_images, run.amp)
 
-    some = subsample(len(rows), args.codes).to(run.device)
-    part = (mu[some], logvar[some], y[some])
+    def encoded(name, rows):
+        rows = rows.to(run.device)
+        y = data.labels_of(rows)
+        return Part(name, rows, y, y, *encode_all(model, data.take(rows), run.amp))
 
-    def aggregate(bandwidth):
-        return Aggregate.fit(*part, classes, bandwidth)
+    train = encoded("train", upstream["rows"])
+    train = train._replace(y=with_spread(train.mu, train.given, classes, args.codes))
+    validation = encoded("validation", common.split(data)[1])
+    fitting = subsample(len(validation.rows), 2000).to(run.device)
+    every = len(data.names)
+    test = encoded("test", torch.arange(every - len(data.test_images), every))
+    some = (train.y >= 0).nonzero()[:, 0]
+    prior = train.y[some].bincount(minlength=classes) / len(some)
+    some = some[subsample(len(some), args.codes).to(run.device)]
+    known = train.take(some)
+    calibrated, shares, metrics = densities(known, prior, validation.take(fitting), test)
+    posterior = calibrated["aggregate"]
+    q = without_own(posterior, train, some)
 
-    def gaussian(shrinkage):
-        return Gaussian.fit(*part, classes, shrinkage)
-
-    prior = y.bincount(minlength=classes) / len(y)
-    metrics = {"class priors": worth(prior.expand(len(data.test_labels), classes),
-                                      data.test_labels),
-               "encoder's width": worth(aggregate(0.0)(*test_codes), data.test_labels)}
-    calibrated = {}
-    for name, fit, choices in (("aggregate", aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),
-                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
-        posterior, choice = calibrate(fit, choices, *validation_codes, data.labels[validation])
-        calibrated[name] = stored(posterior)
-        metrics[name] = {**worth(posterior(*test_codes), data.test_labels), "choice": choice,
-                         "temperature": posterior.temperature}
-
+    calibrated = {name: stored(density) for name, density in calibrated.items()}
     fig = common.figure(11, 5.4)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_reliability(right, metrics)
-    shown = Aggregate(**calibrated["aggregate"])
     generator = torch.Generator().manual_seed(args.seed)
-    draw_map(left, mu.cpu(), y.cpu(), common.legible(data.classes), shown, generator)
+    draw_map(left, train.mu.cpu(), train.y.cpu(), common.legible(data.classes),
+             Aggregate(**calibrated["aggregate"]), generator, given=(train.given >= 0).cpu())
     common.write(run.out / "latent.png", fig)
-    common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"], mu=mu.cpu(),
-                logvar=logvar.cpu(), labels=y.cpu(), calibrated=calibrated,
-                teaching=stored(teach(*part, classes)))
-    print(f"{len(data.test_images):,} test images, percentages fitted on {len(validation):,} "
-          "others")
-    print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
-    line = "{accuracy:10.1%} {nll:6.3f} {brier:6.3f} {ece:6.3f}  {low:.3f} to {high:.3f}"
-    for name, scores in metrics.items():
-        low, high = scores["ece_interval"]
-        print(f"{name:15}" + line.format(low=low, high=high, **scores))
-    print(run.out / "latent.png", run.out / "latent.pt", sep="\n")
+    common.write(run.out / "latent.csv", percentage_table(
+        data, [(train, q), (validation, posterior(validation.mu, validation.logvar)),
+               (test, shares["aggregate"])]))
+    if args.review:
+        earlier = {**new_labels(run.labels_from), **new_labels(run.out / "review.csv")}
+        by_others = q[train.given >= 0]
+        if len(some) > len(by_others):  # labels were spread
+            by_others = shares_by_others(train, validation, classes, args.codes)
+        found = findings(data, train, test, q, by_others, shares["aggregate"], earlier)
+        review(run, data, earlier, found)
+    common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"],
+                mu=train.mu.cpu(), logvar=train.logvar.cpu(), labels=train.y.cpu(),
+                given=(train.given >= 0).cpu(), q=q.cpu(), calibrated=calibrated,
+                teaching=stored(teach(known.mu, known.logvar, known.y, classes)))
+    print(f"{len(test.rows):,} test images, percentages fitted on {len(fitting):,} others")
+    report(metrics)
+    print(run.out / "latent.png", run.out / "latent.csv", run.out / "latent.pt", sep="\n")
 
 
 def main(argv=None) -> int:

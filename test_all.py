@@ -59,7 +59,8 @@ REAL_DATA = HERE.parent / "shared" / "data"     # tests that need it skip where 
 SCRIPTS = {"vae": vae, "latent": latent, "hybrids": hybrids, "cnn": cnn, "compare": compare}
 STEPS = ["vae", "latent", "hybrids", "cnn"]             # of the chain, those that leave a .pt
 ANIMALS = ["cat", "dog", "eel"]
-VARIABLES = "DATASET DATA OUT SIZES SEEDS STEPS DEVICE PYTHON PIP_ARGS".split()
+VARIABLES = ("DATASET DATA OUT SIZES SEEDS STEPS LABELS LABELS_FROM DEVICE PYTHON "
+             "PIP_ARGS").split()
 
 
 def clean_environment() -> dict:
@@ -4513,7 +4514,7 @@ def seen(tmp_path_factory):
 @pytest.fixture
 def bare(copy, monkeypatch):
     """One's own copy of that folder, where pictures stay empty: drawing takes longest."""
-    def draw(*content):
+    def draw(*content, **look):
         return common.figure(1, 1)
 
     for script in (vae, hybrids, cnn):
@@ -4529,7 +4530,7 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 @pytest.mark.parametrize("kind, upstream, keys", [
     ("vae", [], "config rows model"), ("hybrids", ["vae", "latent"], "images q z"),
-    ("latent", ["vae"], "mu logvar labels calibrated teaching"),
+    ("latent", ["vae"], "mu logvar labels given q calibrated teaching"),
     ("cnn", ["vae", "hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
     saved = read(chain / f"{kind}.pt")
@@ -6001,6 +6002,569 @@ def test_a_pool_holds_at_most_50_000_hybrids(monkeypatch, tmp_path):
     assert counts == [50_000]
 
 
+# ---- images without a label -----------------------------------------------------------------
+
+def loose(folder, count=3, seed=7):
+    """Pictures of no class, no two alike."""
+    return noisy(folder.parent, [folder.name], count, seed)
+
+
+LAYOUTS = {                             # where the labelled ones are, and those without
+    "beside train": ("train", ["unlabelled"]),
+    "beside bare classes": ("", ["unlabelled"]),
+    "inside train": ("train", ["train/unlabelled"]),
+    "as Americans write it": ("", ["Unlabeled"]),
+    "in any case, any depth": ("train", ["UNLABELLED/a/b", "UNLABELLED/a"]),
+    "in several places": ("train", ["unlabelled", "unlabeled", "train/unlabelled"]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pictures_without_a_label_are_found(tmp_path, name):
+    train, places = LAYOUTS[name]
+    root = tmp_path / "zoo"
+    noisy(root / train)
+    before = dataset(root, tmp_path)
+    for k, place in enumerate(places):
+        loose(root / place, seed=k)
+    data = dataset(root, tmp_path)
+    assert data.classes == ["bird", "fish"]
+    assert len(data.unlabelled) == 3 * len(places)
+    for part, images in enumerate(before.tensors()):
+        assert torch.equal(images, data.tensors()[part])
+    first = len(data.images)
+    for name, image in zip(data.names[first:], data.unlabelled):
+        assert np.array_equal(common.read_image(root / name, (32, 32)), image)
+
+
+def test_an_empty_folder_of_them_is_as_good_as_none(tmp_path):
+    root = noisy(tmp_path / "zoo")
+    before = dataset(root, tmp_path).facts()
+    (root / "unlabelled").mkdir()
+    assert dataset(root, tmp_path).facts() == before
+
+
+@pytest.mark.parametrize("places, pattern", [
+    (["cat", "dog", "unlabled"], "is unlabled a class. .*rename it unlabeled"),
+    (["train/cat", "train/dog", "test/cat", "test/dog", "test/unlabelled"],
+     "zoo/test/unlabelled: .*for training; move them to .*zoo/unlabelled"),
+    (["unlabelled"], "no classes"),
+    (["test/cat", "test/dog", "unlabelled"], "no train/")])
+def test_a_folder_of_them_in_a_wrong_place_ends_in_one_line(tmp_path, capsys, places, pattern):
+    for place in places:
+        loose(tmp_path / "zoo" / place)
+    line = mistake(capsys, "vae", "--dataset", tmp_path / "zoo", "-o", tmp_path / "run")
+    assert re.search(pattern, line), line
+
+
+def test_a_damaged_picture_among_them_is_named(tmp_path, capsys):
+    root = noisy(tmp_path / "zoo")
+    loose(root / "unlabelled")
+    (root / "unlabelled" / "1.png").write_text("not a picture")
+    assert run("vae", "--dataset", root, "-o", tmp_path / "run") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert "unlabelled/1.png cannot be read as an image" in line
+
+
+def test_every_file_has_its_name(tmp_path):
+    root = noisy(tmp_path / "zoo")
+    loose(root / "unlabelled" / "deep")
+    data = dataset(root, tmp_path)
+    every = torch.arange(len(data.names))
+    for name, image, y in zip(data.names, data.take(every), data.labels_of(every)):
+        assert np.array_equal(common.read_image(root / name, (32, 32)), image)
+        assert data.classes[y] == name.split("/")[0] or name.startswith("unlabelled/deep/")
+    assert len(set(data.names)) == 23
+
+
+def with_loose(path, count=90, **changes):
+    """A tiny .npz that has images without a label as well."""
+    x, _ = easy(count, seed=9)
+    return npz(path, x_unlabelled=x[:, 0].numpy(), **changes)
+
+
+def test_arrays_may_have_images_without_a_label(tmp_path):
+    data = dataset(with_loose(tmp_path / "a.npz"), tmp_path)
+    x, _ = easy(90, seed=9)
+    assert torch.equal(data.unlabelled, x)
+    assert data.names[200] == "unlabelled/0"
+    assert data.names[-1] == "test/59"
+
+
+def test_one_colour_image_among_them_makes_all_colour(tmp_path):
+    grey = np.repeat(GREY, 3, 1)
+    one = grey[:9].copy()
+    one[4, 0] = 255
+    for x, channels in ((grey[:9], 1), (one, 3)):
+        file = npz(tmp_path / "a.npz", x_train=grey, x_test=grey[:60], x_unlabelled=x)
+        data = dataset(file, tmp_path)
+        assert data.images.shape[1] == data.unlabelled.shape[1] == channels
+
+
+def test_one_rule_for_pixels_holds_for_them_too(tmp_path):
+    x = np.linspace(0, 1, 200 * 256).reshape(200, 16, 16)
+    file = npz(tmp_path / "a.npz", x_train=x, x_test=x[:60], x_unlabelled=1.2 * x)
+    data = dataset(file, tmp_path)
+    wanted = (1.2 * 255 * x).round().clip(0, 255)
+    assert np.array_equal(data.unlabelled[:, 0].numpy(), wanted)
+
+
+def test_they_are_part_of_the_fingerprint_if_there_are_any(tmp_path):
+    file = npz(tmp_path / "a.npz")
+    data = dataset(file, tmp_path)
+    marks = "".join(common.fingerprint(bytes_in(part)) for part in data.tensors())
+    assert data.facts()["fingerprint"] == common.fingerprint(marks.encode())    # as it was
+    first = dataset(with_loose(file), tmp_path).facts()
+    x, _ = easy(90, seed=9)
+    x[5, 0, 3, 3] += 1
+    second = dataset(npz(file, x_unlabelled=x[:, 0].numpy()), tmp_path).facts()
+    assert (first["images"], first["unlabelled"]) == (200, 90)
+    assert len({data.facts()["fingerprint"], first["fingerprint"], second["fingerprint"]}) == 3
+
+
+def test_copies_of_labelled_and_of_test_images_among_them_are_counted(tmp_path, capsys):
+    x, _ = easy(200, seed=200)
+    tests, _ = easy(60, seed=60)
+    pool, _ = common.split(dataset(npz(tmp_path / "a.npz"), tmp_path))
+    copies = torch.cat([x[pool[:4]], tests[:7]])[:, 0]
+    capsys.readouterr()
+    dataset(npz(tmp_path / "a.npz", x_unlabelled=copies.numpy()), tmp_path)
+    said = capsys.readouterr().err
+    assert "200 training images with a label, 11 without" in said
+    assert "4 of 11 images without a label are there with one, too" in said
+    assert "7 of 60 test images are training images" in said
+
+
+# ---- --labels: few of the labels there are --------------------------------------------------
+
+def test_so_many_images_keep_their_label_and_the_others_become_unlabelled(tmp_path):
+    whole = dataset(with_loose(tmp_path / "a.npz"), tmp_path)
+    pool, validation = common.split(whole)
+    few = dataset(tmp_path / "a.npz", tmp_path, "--labels", 12)
+    rows, kept = common.split(few)
+    assert few.labels[rows].bincount().tolist() == [4, 4, 4]
+    assert torch.equal(few.images[kept], whole.images[validation])
+    assert torch.equal(few.labels[kept], whole.labels[validation])
+    assert torch.equal(few.test_images, whole.test_images)
+    assert len(few.unlabelled) == len(pool) - 12 + 90
+    numbers = {name: row for row, name in enumerate(whole.names)}
+    order = torch.tensor([numbers[name] for name in few.names])
+    assert len(order.unique()) == len(whole.names)
+    assert torch.equal(few.take(torch.arange(len(order))), whole.take(order))
+    labels = few.labels_of(torch.arange(len(order)))
+    assert torch.equal(labels[labels >= 0], whole.labels_of(order)[labels >= 0])
+
+
+def test_more_labels_than_there_are_end_in_one_line(tmp_path, capsys):
+    file = npz(tmp_path / "a.npz")
+    line = mistake(capsys, "vae", "--dataset", file, "-o", tmp_path / "run", "--labels", 181)
+    assert "181 images asked for; there are 179" in line
+
+
+def test_later_scripts_take_the_labels_from_the_vae(copy, capsys):
+    npz(copy.parent / "tiny.npz")
+    words = ["--dataset", copy.parent / "tiny.npz", "-o", copy]
+    assert run("vae", *words, *STEMS["vae"], "--labels", 30) == 0
+    said = capsys.readouterr()
+    assert "51 training images with a label, 149 without" in said.err
+    assert "learnt from 30 images with a label, 149 without" in said.out
+    assert run("latent", "-o", copy) == 0
+    assert read(copy / "latent.pt")["dataset"]["labels"] == 30
+    assert "149 images without one" in capsys.readouterr().out
+    line = mistake(capsys, "latent", *words, "--labels", 33)
+    assert re.search("other images.* make .*LABELS=33", line), line
+
+
+# ---- --labels-from: labels that a person has corrected or added -----------------------------
+
+def corrections(path, *pairs, mark=",", before=""):
+    lines = [mark.join(["why", "image", "new_label"])]
+    lines += [mark.join(["", image, label]) for image, label in pairs]
+    path.write_text(before + "\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("mark, before", [(",", ""), (";", "\ufeff"), ("\t", "")])
+def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, mark, before):
+    file = with_loose(tmp_path / "a.npz")
+    whole = dataset(file, tmp_path)
+    _, validation = common.split(whole)
+    row = int(validation[0])
+    wanted = {"train/4": "eel", f"train/{row}": "dog", "unlabelled/7": " cat", "test/3": "dog"}
+    table = corrections(tmp_path / "new.csv", *wanted.items(), ("train/5", ""), mark=mark,
+                        before=before)
+    data = dataset(file, tmp_path, "--labels-from", table)
+    labels = data.labels_of(torch.arange(len(data.names)))
+    before = dict(zip(whole.names, whole.labels_of(torch.arange(len(whole.names)))))
+    for name, label in zip(data.names, labels.tolist()):
+        if name in wanted:
+            assert data.classes[label] == wanted[name].strip()
+        else:
+            assert label == before[name]
+    assert data.names.index("unlabelled/7") == 200
+    assert len(data.unlabelled) == 89
+    kept = {data.names[row] for row in common.split(data)[1]}
+    assert kept == {whole.names[row] for row in validation}
+
+
+@pytest.mark.parametrize("pairs, pattern", [
+    ([("train/4", "owl")], "train/4 is given the class 'owl'; the classes are cat, dog, eel"),
+    ([("train/4", "Cat")], "the class 'Cat'"),
+    ([("train/999", "cat")], "no image 'train/999'; they are called train/0"),
+    ([("train/4", "cat"), ("train/4", "dog")], "train/4 is both cat and dog; remove one"),
+    ([("train/4", "")], "no line has a new label; write some into its column new_label")])
+def test_labels_that_cannot_be_end_in_one_line(tmp_path, capsys, pairs, pattern):
+    table = corrections(tmp_path / "new.csv", *pairs)
+    words = ["--dataset", npz(tmp_path / "a.npz"), "-o", tmp_path / "run"]
+    line = mistake(capsys, "vae", *words, "--labels-from", table)
+    assert re.search(f"new.csv: .*{pattern}", line), line
+
+
+@pytest.mark.parametrize("content, pattern", [
+    (None, "cannot be read as a table .*image,new_label, as latent.py --review"),
+    (b"file,label\n1.png,cat\n", "no column 'image'; wanted image and new_label"),
+    (b"image,new_label\ntrain/4\n", "cannot be read as a table"),
+    (b"\xff\xfe\x00\x01", "cannot be read as a table")])
+def test_what_is_no_table_of_labels_ends_in_one_line(tmp_path, capsys, content, pattern):
+    if content is not None:
+        (tmp_path / "new.csv").write_bytes(content)
+    words = ["--dataset", npz(tmp_path / "a.npz"), "-o", tmp_path / "run"]
+    line = mistake(capsys, "vae", *words, "--labels-from", tmp_path / "new.csv")
+    assert re.search(f"new.csv.*{pattern}", line), line
+
+
+# ---- what reaches the trainings where labels are few ----------------------------------------
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A chain on 30 labelled images, and others, and what reached its two trainings."""
+    out = tmp_path_factory.mktemp("few") / "run"
+    tiny = with_loose(out.parent / "tiny.npz", x_test=easy(60, seed=61)[0][:, 0].numpy())
+    with pytest.MonkeyPatch.context() as patch:
+        fits = {kind: note_fits(patch, SCRIPTS[kind]) for kind in ("vae", "cnn")}
+        maps = note_calls(patch, latent, "draw_map")
+        assert run("vae", "--dataset", tiny, "-o", out, "--steps", 60, "--latent-dim", 4,
+                   "--labels", 30, "--no-amp") == 0
+        assert run("latent", "-o", out, "--no-amp") == 0
+        assert run("hybrids", "-o", out, "--count", 300, "--no-amp") == 0
+        assert run("cnn", "-o", out, "--steps", 40, "--width", 8, "--no-amp") == 0
+    noted = SimpleNamespace(out=out, vae=fits["vae"][0], cnn=fits["cnn"][0], map=maps[0])
+    noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
+    noted.data = dataset(tiny, out, "--labels", 30)
+    noted.pool, noted.validation = common.split(noted.data)
+    noted.all = noted.data.take(torch.arange(len(noted.data.names)))
+    noted.true = dict(zip(dataset(tiny, out).names, easy(200)[1]))
+    return noted
+
+
+def test_a_vae_learns_from_images_with_and_without_a_label(few):
+    first = len(few.data.images)
+    wanted = {*few.pool.tolist(), *range(first, first + len(few.data.unlabelled))}
+    assert rows_used(few.vae, few.all) == wanted
+    assert set(few.files["vae"]["rows"].tolist()) == wanted
+
+
+def test_labels_are_those_given_and_those_spread_from_them(few):
+    saved = few.files["latent"]
+    rows = few.files["vae"]["rows"]
+    given = rows < len(few.data.images)
+    assert torch.equal(saved["given"], given)
+    assert torch.equal(saved["labels"][given], few.data.labels[few.pool])
+    wanted = latent.spread_labels(saved["mu"], few.data.labels[few.pool], 3)
+    assert torch.equal(saved["labels"], wanted)
+    right = []
+    for row, label in zip(rows.tolist(), saved["labels"].tolist()):
+        name = few.data.names[row]
+        if name.startswith("train"):
+            right.append(label == few.true[name])
+    assert np.mean(right) > 0.95
+
+
+def test_hybrids_are_of_given_and_of_spread_labels(few):
+    codes = latent.Codes.restore(few.files["latent"])
+    points = hybrids.sample("between", 300, codes, seeded())
+    made = few.files["hybrids"]
+    close(made["z"], points.z)
+    images = few.data.take(few.files["vae"]["rows"])
+    whole = images[points.i[150:]].float()              # the half that is never decoded
+    t = points.t[150:, None, None, None]
+    close(made["images"][150:].float(), t * whole + (1 - t) * images[points.j[150:]],
+          atol=0.51, rtol=0)
+    assert (points.i >= 30).any()
+
+
+def test_an_eighth_of_the_real_images_of_a_batch_has_a_given_label(few):
+    saved = few.files["latent"]
+    rows = few.files["vae"]["rows"]
+    labels = torch.full((len(few.all),), -1)
+    labels[rows] = saved["labels"]
+    seen_rows = []
+    for x, q in few.cnn.batches[30:]:
+        where = rows_among(x, few.all)
+        given = where < len(few.data.images)
+        natural = len(few.pool) / len(rows)
+        assert given.sum() == round(64 * max(1 / 8, natural))
+        assert torch.isin(where[given], few.pool).all()
+        assert torch.equal(q, one_hot(labels[where]))
+        seen_rows += where[~given].tolist()
+    assert len(set(seen_rows)) > 150
+
+
+@pytest.mark.parametrize("given, spread, wanted", [(10, 990, 8), (10, 80, 8), (50, 50, 32)])
+def test_the_part_with_a_given_label_is_never_less_than_there_are(given, spread, wanted):
+    def pool(count, c):
+        return random_pixels(count, 1, 8, 8), one_hot(torch.full((count,), c))
+
+    next_batch = cnn.batches(pool(given, 0), 64, spread=pool(spread, 1))
+    _, q = next_batch(seeded(), 0.0)
+    assert q.sum(0).tolist() == [wanted, 64 - wanted, 0]
+
+
+def test_the_plain_classifier_of_so_many_images_sees_no_spread_label(few, monkeypatch, capsys):
+    words = ["--hybrid-fraction", 0, "--steps", 4, "--images", 12]
+    out = shutil.copytree(few.out, few.out.parent / "plain", dirs_exist_ok=True)
+    fit = cnn_fit_of(out, monkeypatch, *words)
+    assert rows_used(fit, few.all) <= set(few.pool.tolist())
+    assert "spread" not in capsys.readouterr().out
+
+
+def test_labels_that_do_not_prove_themselves_are_not_spread(tmp_path, capsys, monkeypatch):
+    y = torch.randint(3, (200,), generator=seeded()).numpy()
+    file = with_loose(tmp_path / "a.npz", y_train=y)
+    out = tmp_path / "run"
+    assert run("vae", "--dataset", file, "-o", out, *STEMS["vae"]) == 0
+    assert run("latent", "-o", out) == 0
+    said = capsys.readouterr().out
+    assert "do not predict each other: none is spread to the 90 images" in said
+    saved = read(out / "latent.pt")
+    assert (saved["labels"][~saved["given"]] == -1).all()
+    assert run("hybrids", "-o", out, "--count", 90) == 0
+    assert "spread" not in capsys.readouterr().out
+    pool, _ = common.split(dataset(file, tmp_path))
+    fit = cnn_fit_of(out, monkeypatch, "--hybrid-fraction", 0, "--steps", 4)
+    images = dataset(file, tmp_path)
+    assert rows_used(fit, images.take(torch.arange(290))) <= set(pool.tolist())
+
+
+def test_a_classifier_asks_for_the_labels_that_were_spread(few, tmp_path, capsys):
+    out = Path(shutil.copytree(few.out, tmp_path / "run"))
+    (out / "latent.pt").unlink()
+    line = mistake(capsys, "cnn", "-o", out, "--hybrid-fraction", 0)
+    assert re.search("latent.pt not found; make it with: python latent.py", line), line
+
+
+def test_the_map_shows_given_labels_large_and_spread_ones_small(few):
+    (axes, mu, y, *_), _ = few.map
+    saved = few.files["latent"]
+    assert torch.equal(y, saved["labels"])
+    counts = Counter()
+    for drawn in axes.collections:
+        counts[int(drawn.get_sizes()[0])] += len(drawn.get_offsets())
+    assert counts[30] == 30
+    assert counts[4] == len(y) - 30
+
+
+def test_codes_without_any_label_are_grey_on_the_map():
+    axes = common.figure(5, 5).subplots()
+    mu, logvar, y = codes(60, 2)
+    posterior = latent.teach(mu, logvar, y, 3)
+    latent.draw_map(axes, mu, torch.where(torch.arange(60) < 20, y, -1), ANIMALS, posterior,
+                    seeded())
+    sizes = {int(drawn.get_sizes()[0]): len(drawn.get_offsets()) for drawn in axes.collections}
+    assert sizes[3] == 40
+
+
+# ---- latent.csv: the percentages of every image ---------------------------------------------
+
+def table_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_table_has_the_percentages_of_every_image(few):
+    table = {line["image"]: line for line in table_of(few.out / "latent.csv")}
+    data = few.data
+    assert set(table) == set(data.names)
+    parts = Counter(line["part"] for line in table.values())
+    assert parts == {"train": 30, "unlabelled": len(data.unlabelled), "test": 60,
+                     "validation": len(few.validation)}
+    q = few.files["latent"]["q"]
+    for k, row in enumerate(few.files["vae"]["rows"].tolist()):
+        line = table[data.names[row]]
+        shares = [float(line[animal]) for animal in ANIMALS]
+        assert shares == approx(q[k].tolist(), abs=1e-4)
+        assert line["likeliest"] == ANIMALS[q[k].argmax()]
+        assert float(line["sure"]) == approx(max(shares))
+        spread = ANIMALS[few.files["latent"]["labels"][k]]
+        given = row < len(data.images)
+        assert (line["label"], line["spread"]) == ((spread, "") if given else ("", spread))
+
+
+def test_the_percentages_of_a_test_image_are_those_of_its_picture(few):
+    table = {line["image"]: line for line in table_of(few.out / "latent.csv")}
+    model = vae.VAE.restore(few.files["vae"])
+    posterior = latent.best_calibrated(few.files["latent"])
+    q = posterior(*vae.encode_all(model, few.data.test_images[:5]))
+    for k in range(5):
+        shares = [float(table[f"test/{k}"][animal]) for animal in ANIMALS]
+        assert shares == approx(q[k].tolist(), abs=1e-4)
+
+
+def test_the_percentages_of_a_training_image_do_without_its_own_code(seen):
+    saved = seen.files["latent"]
+    fitted = latent.best_calibrated(saved)
+    bandwidth = saved["metrics"]["aggregate"]["choice"]
+    for i in range(0, 90, 11):
+        own = saved["logvar"][i].double().exp()
+        known = (saved["mu"], saved["logvar"], saved["labels"])
+        true = true_density(*known, saved["mu"][i], bandwidth, own=own, without=i)
+        wanted = fitted.weigh(true.float()[None], fitted.image_floor)[0]
+        close(saved["q"][i], wanted, atol=2e-3, rtol=0)
+
+
+# ---- latent.py --review: what to look at next -----------------------------------------------
+
+def test_wrong_labels_are_found_and_the_wrongest_comes_first():
+    q = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.01, 0.99], [0.1, 0.9]])
+    rows, claims = latent.suspects(q, torch.tensor([0, 0, 0, 0, 1]))
+    assert rows.tolist() == [3, 2]
+    assert claims.tolist() == [1, 1]
+
+
+def test_a_class_that_is_seldom_sure_is_measured_by_itself():
+    """Class 2 has 40% of its own images on average: more than that is much."""
+    q = torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4], [0.5, 0.0, 0.5],
+                      [0.4, 0.3, 0.3]])
+    rows, claims = latent.suspects(q, torch.tensor([0, 1, 2, 0, 2]))
+    usual = torch.tensor([0.7, 0.9, 0.35])
+    wanted = [k for k, y in enumerate([0, 1, 2, 0, 2])
+              if (q[k] / usual).argmax() != y]
+    assert rows.tolist() == wanted == [3]
+    assert claims.tolist() == [2]
+
+
+def test_flipped_labels_of_clusters_are_all_found():
+    mu, logvar, y = codes(300, 2, seed=3)
+    mu = mu + 20 * one_hot(y)[:, :2]
+    given = y.clone()
+    given[:15] = (y[:15] + 1) % 3
+    posterior = latent.Aggregate.fit(mu, logvar, given, 3)
+    part = latent.Part("train", torch.arange(300), given, given, mu, logvar)
+    q = latent.without_own(posterior, part, torch.arange(300))
+    rows, claims = latent.suspects(q, given)
+    assert set(rows[:15].tolist()) == set(range(15))
+    assert torch.equal(claims[:15], y[rows[:15]])
+
+
+def test_images_to_label_are_undecided_and_unlike_each_other():
+    q = torch.tensor([0.5, 0.51, 0.52, 0.53, 0.54] + 200 * [0.99])
+    q = torch.stack([q, 1 - q], 1)
+    mu = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [5.1, 0], [0, 9]] + 200 * [[50.0, 50]])
+    rows = latent.to_label(q, mu, known=torch.tensor([[0.0, 0.2]]), count=3)
+    assert rows[0] >= 5                 # of thirty candidates it is the farthest from all
+    rows = latent.to_label(q[:5], mu[:5], torch.tensor([[0.0, 0.2]]), 2)
+    assert rows.tolist() == [4, 3]
+    assert sorted(latent.to_label(q[:5], mu[:5], mu[:1], 99).tolist()) == [0, 1, 2, 3, 4]
+    assert latent.to_label(q[:0], mu[:0], mu, 9).tolist() == []
+
+
+def test_almost_the_same_images_are_paired():
+    x, _ = easy(60)
+    tests, _ = easy(30, seed=1)
+    tests[4] = x[17]
+    tests[9] = (x[33].float() + 2 * noise(1, 16, 16)).clamp(0, 255).byte()
+    mu = brightness(x.float())[:, None]
+    test_mu = brightness(tests.float())[:, None]
+    rows, where, difference = latent.near_duplicates(mu, x, test_mu, tests)
+    assert (rows.tolist(), where.tolist()) == ([17, 33], [4, 9])
+    gap = (x[33].float() - tests[9].float()).square().mean() / tests[9].float().var()
+    assert difference.tolist() == approx([0, gap.item()], rel=0.01)
+
+
+@pytest.fixture
+def flipped(tmp_path):
+    """A folder with a review of a set with three wrong labels and a copy among its tests."""
+    y = easy(200)[1].numpy()
+    wrong = common.split(dataset(npz(tmp_path / "a.npz"), tmp_path))[0][[5, 50, 120]].tolist()
+    y[wrong] = (y[wrong] + 1) % 3
+    tests = easy(60, seed=61)[0][:, 0]
+    tests[8] = easy(200, seed=200)[0][0, 0]
+    file = with_loose(tmp_path / "a.npz", y_train=y, x_test=tests.numpy())
+    out = tmp_path / "run"
+    assert run("vae", "--dataset", file, "-o", out, "--steps", 60, "--latent-dim", 4) == 0
+    assert run("latent", "-o", out, "--review") == 0
+    return SimpleNamespace(out=out, file=file, wrong=[f"train/{row}" for row in wrong])
+
+
+def test_a_review_lists_what_to_look_at(flipped, capsys):
+    table = table_of(flipped.out / "review.csv")
+    kinds = {why: [line for line in table if line["why"] == why] for why in latent.WHY}
+    suspected = kinds["label looks wrong"]
+    assert {line["image"] for line in suspected[:3]} == set(flipped.wrong)
+    for line in suspected[:3]:
+        assert ANIMALS.index(line["label"]) == (ANIMALS.index(line["likeliest"]) + 1) % 3
+    teaching = kinds["label would teach most"]
+    assert len(teaching) == 90
+    assert {(line["image"].split("/")[0], line["label"]) for line in teaching} == {
+        ("unlabelled", "")}
+    assert [(line["image"], line["like"]) for line in kinds["nearly a training image"]] == [
+        ("test/8", "train/0")]
+    assert (flipped.out / "review.png").exists()
+
+
+def fill_in(path, **labels):
+    """Write new labels into a review, as a person would."""
+    table = table_of(path)
+    for line in table:
+        line["new_label"] = labels.get(line["image"], line["new_label"])
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def test_what_was_filled_in_is_used_and_kept_and_not_asked_again(flipped, capsys):
+    review = flipped.out / "review.csv"
+    names = [line["image"] for line in table_of(review)]
+    sure = next(name for name in names if name.startswith("unlabelled"))
+    right = {name: ANIMALS[int(name.split("/")[1]) % 3] for name in flipped.wrong}
+    fill_in(review, **right, **{sure: "eel"})
+    os.utime(review, (1, 1))
+    words = ["--dataset", flipped.file, "-o", flipped.out, "--labels-from", review]
+    assert run("vae", *words, *STEMS["vae"]) == 0
+    assert f"4 labels are those of {review}" in capsys.readouterr().err
+    assert run("latent", "-o", flipped.out, "--review") == 0
+    assert review.stat().st_mtime == 1  # else make would begin again
+    command = capsys.readouterr().out.split("then:\n")[1].splitlines()[0]
+    assert command.startswith("make DATASET=") and f"LABELS_FROM={review} all" in command
+    table = table_of(review)
+    assert {line["image"]: line["new_label"] for line in table[:4]} == {**right, sure: "eel"}
+    asked = [line["image"] for line in table[4:]]
+    assert not set(asked) & {*right, sure}
+    labels = {line["image"]: line["label"] for line in table_of(flipped.out / "latent.csv")}
+    assert {name: labels[name] for name in right} == right
+    assert labels[sure] == "eel"
+
+
+def test_labels_of_another_table_stay_in_the_next_review(flipped):
+    review = flipped.out / "review.csv"
+    name, = flipped.wrong[:1]
+    table = corrections(flipped.out / "mine.csv", (name, "cat"))
+    words = ["--dataset", flipped.file, "-o", flipped.out, "--labels-from", table]
+    assert run("vae", *words, *STEMS["vae"]) == 0
+    fill_in(review, **{flipped.wrong[1]: "dog"})
+    assert run("latent", "-o", flipped.out, "--review") == 0
+    kept = {line["image"]: line["new_label"] for line in table_of(review) if line["new_label"]}
+    assert kept == {name: "cat", flipped.wrong[1]: "dog"}
+
+
+def test_a_review_that_cannot_be_read_is_not_overwritten(copy, capsys):
+    npz(copy.parent / "tiny.npz")
+    (copy / "review.csv").write_text("my notes\n1\n")
+    line = mistake(capsys, "latent", "-o", copy, "--review")
+    assert "review.csv has no column 'image'" in line
+    assert (copy / "review.csv").read_text() == "my notes\n1\n"
+
+
 # ---- --vae-data all: the images without a label ---------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -6437,6 +7001,8 @@ def test_make_without_changes_calls_nothing(made):
     ("STEPS=7", [*SCRIPTS]),
     ("DEVICE=cpu", [*SCRIPTS]),
     ("DATA=other", [*SCRIPTS]),
+    ("LABELS=100", [*SCRIPTS]),
+    ("LABELS_FROM=gone.csv", [*SCRIPTS]),
     ("VAE_FLAGS=--beta 2", [*SCRIPTS]),
     ("HYBRID_FLAGS=--count 9", ["hybrids", "cnn", "compare"]),
     ("SIZES=50", ["compare"]),
@@ -6458,6 +7024,22 @@ def test_make_repeats_what_a_changed_script_made_and_no_more(made, tree, file, w
     time.sleep(0.02)                    # a file system's clock is coarse
     (tree / file).touch()
     assert made() == wanted
+
+
+def test_make_repeats_all_when_labels_are_written(made, tree):
+    (tree / "runs/glyphs/review.csv").write_text("image,new_label")
+    words = "LABELS_FROM=runs/glyphs/review.csv"
+    assert made(words) == [*SCRIPTS]
+    assert made(words) == []
+    time.sleep(0.02)
+    (tree / "runs/glyphs/review.csv").touch()
+    assert made(words) == [*SCRIPTS]
+    printed = make(tree, "-n", "all", "PYTHON=python", "LABELS=50", words)
+    for script, arguments in commands_of(re.sub("^", "    ", printed, flags=re.M)):
+        args = SCRIPTS[script].parse_args(arguments)
+        if script in ("vae", "compare"):
+            assert (args.labels, args.labels_from) == (50, "runs/glyphs/review.csv")
+        assert script != "latent" or args.review
 
 
 def test_make_makes_a_lost_file_again_and_what_is_made_of_it(made, tree):
@@ -6692,6 +7274,10 @@ BAD_ARRAYS = {
                      classes=np.array(list("abcd"))), "4 names"),
     "shape": (dict(x_train=np.zeros((200, 9))), "shape"),
     "no images": (dict(x_train=GREY[:0], y_train=thirds(0)), "no images"),
+    "unlabelled shape": (dict(x_unlabelled=np.zeros((9, 16, 17))), "without a label differ"),
+    "unlabelled NaN": (dict(x_unlabelled=with_one_nan()), "NaN"),
+    "unlabelled list": (dict(x_unlabelled=np.zeros((9, 256))), "shape"),
+    "unlabelled scale": (dict(x_unlabelled=np.full((9, 16, 16), 0.5)), "one scale"),
     "one image a class": (dict(x_train=GREY[:3], y_train=thirds(3)), "valid"),
 }
 

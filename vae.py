@@ -5,6 +5,7 @@ deformations, learned from the same images.
 
     python vae.py                                       # embedded glyphs -> runs/glyphs/vae.pt
     python vae.py --dataset mnist --images 1000            # learn from 1,000 images only
+    python vae.py --dataset mnist --labels 100             # the others without their label
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
 
 Reads:  a data set.
@@ -532,8 +533,8 @@ def parse_args(argv=None):
     parser = flags("vae.py", __doc__)
     add = parser.add_argument_group("the model and its training").add_argument
     add("--images", type=number(int, 1),
-        help="number of training images to learn from, equal numbers per class; if not given, "
-        "all but the tenth kept for validation")
+        help="number of labelled training images to learn from, equal numbers per class; if "
+        "not given, all but the tenth kept for validation; besides those without a label")
     add("--latent-dim", type=number(int, 1, 512), default=16, help="latent size D")
     add("--beta", type=number(float, 0, 1000), default=1.0,
         help="weight of the KL term")
@@ -587,8 +588,11 @@ def command(run, args):
     if args.images is not None:
         rows = common.subset(data, rows, args.images, args.seed)
         common.say_if_few(args.images, data)
-    images = data.images[rows.to(run.device)]
+    labelled = len(rows)
     labels = data.labels[rows.to(run.device)]
+    without = torch.arange(len(data.unlabelled)) + len(data.images)
+    rows = torch.cat([rows, without])
+    images = data.take(rows)
     validation = data.images[validation.to(run.device)]
     torch.manual_seed(args.seed)                        # the initial weights
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim).to(run.device)
@@ -611,7 +615,7 @@ def command(run, args):
         return
 
     fresh = torch.Generator(run.device).manual_seed(args.seed)
-    deform = Deformations.fit(images, labels, fresh)
+    deform = Deformations.fit(images[:labelled], labels, fresh)
     *nll, mirrored = deform.nll
     tried = {"strengths": STRENGTHS, "nll": nll, "nll_mirrored": mirrored}
     metrics = {"train": score(images), "test": score(data.test_images), "proof": tried,
@@ -620,6 +624,8 @@ def command(run, args):
                                            generator))
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
                 model=model.cpu().state_dict(), deformations=deform.fields())
+    if len(without):
+        print(f"learnt from {labelled:,} images with a label, {len(without):,} without")
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
