@@ -37,7 +37,8 @@ MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybri
 CHECKS := real mixup cutmix mixup+cutmix deform 'deformed images' 'undeformed hybrid' \
           'cross-faded hybrid' real+hybrid 'weight labels' 'density labels' 'no residual' \
           'hybrid only' 'prior hybrid' reconstructions 'latent posterior'
-FEW    := real mixup deform 'latent posterior' pseudo-labels real+hybrid
+FEW    := real mixup deform 'latent posterior' pseudo-labels augment+pseudo 'deformed images' \
+          real+hybrid
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
@@ -103,7 +104,7 @@ bench: $(TESTED)
 evidence: $(READY)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 50 100 300 1000 --seeds 10 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
-	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all \
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --unlabelled \
 	  --arms $(FEW)
 
 .venv/ready: requirements.txt

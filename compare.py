@@ -9,6 +9,7 @@ VAE sees no others, unless told to. The last step's score counts; none is picked
 Reads:  a data set (that of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
 Writes: compare.json compare.csv compare.png, summary.png; cells/, from which a grid goes on.
 """
+import argparse
 import functools
 import itertools
 import json
@@ -70,7 +71,9 @@ ARMS = {                                # the first ten have a colour of their o
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
     "reconstructions": Arm("around", "weight", residual=False, deform=False),
-    "pseudo-labels": Arm("images", deform=False),       # --vae-data all
+    # With --unlabelled, images under the labels that were spread to them.
+    "pseudo-labels": Arm("images", deform=False),
+    "augment+pseudo": Arm("images", change="augment", deform=False),
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
@@ -291,7 +294,7 @@ class Unit:
         self.seed = seed
         self.classes = len(data.classes)
         self.recipe = grid.recipes[n]
-        self.shared = shared            # of all units: the model and images of --vae-data all
+        self.shared = shared            # of all units: the model and images of --unlabelled
         self.images, self.y = rows_of(data, common.subset(data, grid.pool, n, seed))
         # Temperatures are fitted on some validation images; the others may be the judges.
         count = min(1000, (len(grid.validation) + 1) // 2)
@@ -512,9 +515,10 @@ def parse_args(argv=None):
         metavar="ARM", help="what is compared, of: " + ", ".join(ARMS))
     add("--score", choices=["test", "validation"], default="test",
         help="images that the classifiers are scored on")
-    add("--vae-data", choices=["subset", "all"], default="subset",
-        help="images that the VAE sees: the n of the cell, or all, and then labels are spread "
-        "to those without one")
+    add("--unlabelled", action=argparse.BooleanOptionalAction,
+        help="few labels, many images: the VAE learns from all images, and the labels of the n "
+        "are spread to images without one, or whose label is not looked at; if not given, so "
+        "where the data set has images without a label")
     add("--steps", type=common.number(int, 1),
         help="optimiser steps of every CNN; if not given, 300 to 4800 by number of images")
     add("--width", type=common.number(int, 1, 1024), default=24,
@@ -522,16 +526,13 @@ def parse_args(argv=None):
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05,
         help="weight decay of every CNN")
     add("--vae-steps", type=common.number(int, 1),
-        help="optimiser steps of a VAE; if not given, 600, or 3000 if it sees all images")
+        help="optimiser steps of a VAE; if not given, 600, or 3000 with --unlabelled")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size D")
     add("--jobs", type=common.number(int, 1),
         help="number of processes; if not given, one per core, or one on a GPU")
     add("--gather", action="store_true",
         help="train nothing; make the result of the cells that are finished")
-    args = parser.parse_args(argv)
-    if args.vae_steps is None:
-        args.vae_steps = 3000 if args.vae_data == "all" else 600
-    return args
+    return parser.parse_args(argv)
 
 
 def cnn_steps(n: int, channels: int) -> int:
@@ -556,14 +557,23 @@ def plan(run, args) -> Grid:
     if max(args.sizes) > len(pool):
         print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
     common.say_if_few(sizes[0], data)
+    unlabelled = args.unlabelled
+    if unlabelled is None:
+        unlabelled = len(data.unlabelled) > 0
+    vae_steps = 600
+    if unlabelled:                      # many images take more steps than few do
+        vae_steps = 3000
     recipes = {}
     for n in sizes:
+        seen = n
+        if unlabelled:
+            seen = max(n, 1000)
         recipes[n] = {
             "format": common.FORMAT, "data": data.facts()["fingerprint"], "amp": run.amp,
-            "score": args.score, "vae_data": args.vae_data, "latent_dim": args.latent_dim,
-            "vae_steps": args.vae_steps, "width": args.width,
+            "score": args.score, "unlabelled": unlabelled, "latent_dim": args.latent_dim,
+            "vae_steps": args.vae_steps or vae_steps, "width": args.width,
             "weight_decay": args.weight_decay,
-            "steps": args.steps or cnn_steps(n, data.images.shape[1])}
+            "steps": args.steps or cnn_steps(seen, data.images.shape[1])}
     folder = run.out / "cells"
     folder.mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]    # one order, whatever was typed
@@ -582,9 +592,10 @@ def train_missing(run, args, grid: Grid) -> list:
     if jobs is None:
         jobs = run.cores // threads if run.device.type == "cpu" else 1
     shared = None
-    if args.vae_data == "all" and units:
-        images = grid.data.images[grid.pool.to(run.device)]
-        model = train_vae(images, 0, grid.recipes[units[0][0]])
+    recipe = next(iter(grid.recipes.values()))
+    if recipe["unlabelled"] and units:
+        images = torch.cat([grid.data.images[grid.pool.to(run.device)], grid.data.unlabelled])
+        model = train_vae(images, 0, recipe)
         shared = (model, images[latent.subsample(len(images), UNLABELLED)])
     work = functools.partial(run_unit, grid=grid, shared=shared)
     progress = common.Progress(len(units), "subsets", args.quiet)
@@ -604,7 +615,7 @@ def curves(left, right, table, rows, grid: Grid):
         draw_arm(left, arm, entries, "accuracy", side)
         draw_arm(right, arm, [entry for entry in entries if "gain" in entry], "gain", side)
     right.axhline(0, color="black", lw=0.8)
-    all_seen = recipe["vae_data"] == "all"
+    all_seen = recipe["unlabelled"]
     images = "labelled images" if all_seen else "real images"
     name, = common.legible([grid.data.name])
     common.tidy(left, f"How accurate? ({name})", images,
