@@ -833,9 +833,8 @@ def test_points_around_codes_have_the_width_of_their_image():
     assert (points.t == 1).all()
 
 
-@pytest.mark.parametrize("strategy", ["between", "same", "boundary"])
-def test_points_lie_on_the_line_of_their_two_codes(strategy):
-    known, points = points_between(4000, strategy)
+def test_points_lie_on_the_line_of_their_two_codes():
+    known, points = points_between(4000)
     t = points.t[:, None]
     first = known.mu[points.i]
     second = known.mu[points.j]
@@ -843,58 +842,41 @@ def test_points_lie_on_the_line_of_their_two_codes(strategy):
     assert 0 <= points.t.min() and points.t.max() <= 1
 
 
-@pytest.mark.parametrize("strategy, share", [("same", 1), ("between", 0.3), ("boundary", 0)])
-def test_so_many_pairs_are_of_one_class(strategy, share):
-    known, points = points_between(4000, strategy)
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_so_many_pairs_are_of_one_class(share):
+    known = known_codes()
+    points = hybrids.sample("between", 2000, known, seeded(), same=share)
     alike = known.y[points.i] == known.y[points.j]
-    tolerance = 0.03 if strategy == "between" else 0
-    assert alike.float().mean() == approx(share, abs=tolerance)
+    assert part_of(alike) == approx(share, abs=0.03 * (0 < share < 1))
 
 
-@pytest.mark.parametrize("strategy", ["between", "same"])
-def test_weights_are_those_of_a_beta_of_four(strategy):
-    _, points = points_between(4000, strategy)
+def test_unless_told_otherwise_three_tenths_of_the_pairs_are_of_one_class():
+    known, points = points_between(2000)
+    told = hybrids.sample("between", 2000, known, seeded(), same=0.3)
+    assert torch.equal(points.j, told.j)
+
+
+@pytest.mark.parametrize("count, lines", [(50, 50), (2000, 2000), (4500, 2000)])
+def test_there_are_at_most_two_thousand_lines_all_over_the_points(count, lines):
+    _, points = points_between(count)
+    pairs = torch.stack([points.i, points.j], 1)
+    assert torch.equal(pairs, pairs[:lines].repeat(3, 1)[:count])
+    assert len(points.t.unique()) > 0.99 * count        # each with a weight of its own
+
+
+def test_weights_are_those_of_a_beta_of_four():
+    _, points = points_between(4000)
     assert points.t.mean() == approx(0.5, abs=0.01)
     assert points.t.var() == approx(1 / 36, rel=0.1)
 
 
-def test_boundary_draws_evenly_along_the_lines():
-    known = known_codes()._replace(posterior=Certain())
-    points = hybrids.sample("boundary", 4000, known, seeded())
-    assert points.t.mean() == approx(0.5, abs=0.03)
-    assert points.t.var() == approx(1 / 12, rel=0.1)
-
-
-class Certain:
-    """A posterior of the same percentages everywhere: none is nearer to a boundary."""
-
-    def __call__(self, z):
-        return torch.tensor([0.9, 0.1, 0.0]).expand(len(z), 3)
-
-
-@pytest.mark.parametrize("strategy", ["between", "same", "around"])
+@pytest.mark.parametrize("strategy", ["between", "around"])
 def test_every_code_is_as_often_the_first_of_a_pair(strategy):
-    _, points = points_between(9000, strategy)
-    often = points.i.bincount(minlength=90)
+    often = 0
+    for seed in range(5):               # of more points the pairs repeat
+        points = hybrids.sample(strategy, 1800, known_codes(), seeded(seed))
+        often = often + points.i.bincount(minlength=90)
     assert (often - 100).abs().max() < 45
-
-
-def test_boundary_spreads_the_top_percentage_evenly_above_one_half():
-    known = known_codes(classes=5)
-    known.posterior.temperature = 0.3
-    points = hybrids.sample("boundary", 5000, known, seeded())
-    top = known.posterior(points.z).amax(1)
-    assert top.min() >= 0.5
-    often = top.histc(10, 0.5, 1)
-    assert (often - 500).abs().max() < 150
-
-
-def test_boundary_takes_any_points_where_none_is_certain():
-    known = known_codes()
-    known.posterior.temperature = 1e6   # all percentages are the priors
-    known.posterior.prior = torch.full((3,), 1 / 3)
-    points = hybrids.sample("boundary", 50, known, seeded())
-    assert len(points.z.unique(dim=0)) > 30
 
 
 @pytest.mark.parametrize("same_class", [True, False])
@@ -952,7 +934,7 @@ def test_labels_have_a_column_for_every_class(rule):
     posterior = latent.Aggregate.fit(mu, logvar, y, 5)      # two classes have no codes
     known = latent.Codes(mu, logvar, y, posterior)
     points = hybrids.sample("between", 20, known, seeded())
-    q = hybrids.label(rule, points, known, seeded())
+    q = hybrids.label(rule, points, known)
     assert q.shape == (20, 5)
     assert (q[:, 3:] == 0).all()
 
@@ -986,22 +968,6 @@ def test_a_density_label_is_the_posterior():
     known, points = points_between()
     q = hybrids.label("density", points, known)
     assert torch.equal(q, known.posterior(points.z))
-
-
-def test_an_argmax_label_is_the_likeliest_class():
-    known, points = points_between()
-    likeliest = known.posterior(points.z).argmax(1)
-    q = hybrids.label("argmax", points, known)
-    assert torch.equal(q, F.one_hot(likeliest, 3).float())
-
-
-def test_sampled_labels_are_hard_and_as_frequent_as_the_density_says():
-    known, points = points_between(4000)
-    q = hybrids.label("sampled", points, known, seeded())
-    assert set(q.unique().tolist()) == {0, 1}
-    assert (q.sum(1) == 1).all()
-    density = known.posterior(points.z)
-    close(q.mean(0), density.mean(0), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["weight", "product"])
@@ -1053,20 +1019,29 @@ def at_an_end(known, points, end):
     return points._replace(t=t, z=known.mu[source]), source
 
 
+def mixed(points, images, w):
+    """w x_i + (1 - w) x_j."""
+    return w * images[points.i] + (1 - w) * images[points.j]
+
+
 def by_definition(known, points, images, decode, w):
     """decode(z) + w r_i + (1 - w) r_j, where r = x - decode(mu), clipped."""
     lost = images - decode(known.mu)
-    kept = w * lost[points.i] + (1 - w) * lost[points.j]
-    return (decode(points.z) + kept).clamp(0, 1)
+    return (decode(points.z) + mixed(points, lost, w)).clamp(0, 1)
+
+
+def weights_of(points):
+    """t, for images."""
+    return points.t[:, None, None, None]
 
 
 @pytest.mark.parametrize("end", ["i", "j"])
-@pytest.mark.parametrize("pixels", [0, 0.5, 1])
-def test_at_both_ends_a_hybrid_is_exactly_its_source(end, pixels):
-    known, points = points_between()
+@pytest.mark.parametrize("morph", [None, vae.Morph], ids=["faded", "morphed"])
+def test_at_both_ends_a_hybrid_is_exactly_its_source(end, morph):
+    known, points = points_between(40)
     images, _ = easy(90)
     there, source = at_an_end(known, points, end)
-    x = rendered(there, known, images, pixels=pixels)
+    x = rendered(there, known, images, morph=morph)
     assert torch.equal(x, images[source])
 
 
@@ -1075,25 +1050,40 @@ def test_at_both_ends_a_cut_hybrid_is_its_source(end):
     known, points = points_between()
     there, source = at_an_end(known, points, end)
     images = colours()
-    x = rendered(there, known, images, pixels=0)
+    x = rendered(there, known, images)
     close(x, images[source])
 
 
-def test_a_hybrid_is_decoded_plus_what_its_sources_lost():
+def test_the_first_half_of_the_hybrids_is_decoded_plus_what_their_sources_lost():
     known, points = points_between()
     images = easy(90)[0] / 255
-    w = points.t[:, None, None, None]
-    true = by_definition(known, points, images, decoder(), w)
-    x = rendered(points, known, images, pixels=0)
-    close(x, true)
+    true = by_definition(known, points, images, decoder(), weights_of(points))
+    x = rendered(points, known, images)
+    close(x[:100], true[:100])
+
+
+def test_the_second_half_of_the_hybrids_is_mixed_of_pixels():
+    known, points = points_between()
+    images = easy(90)[0] / 255
+    x = rendered(points, known, images)
+    close(x[100:], mixed(points, images, weights_of(points))[100:])
+
+
+@pytest.mark.parametrize("count, decoded", [(1, 1), (2, 1), (3, 2)])
+def test_of_an_odd_number_of_hybrids_the_larger_half_is_decoded(count, decoded):
+    known, points = points_between(count)
+    images = easy(90)[0] / 255
+    x = rendered(points, known, images)
+    plain = mixed(points, images, weights_of(points))
+    apart = (x - plain).abs().amax((1, 2, 3)) > 1e-4
+    assert apart.tolist() == [True] * decoded + [False] * (count - decoded)
 
 
 def test_hybrids_of_bytes_are_bytes():
     known, points = points_between()
     images, _ = easy(90)
-    w = points.t[:, None, None, None]
-    true = by_definition(known, points, images / 255, decoder(), w)
-    made = rendered(points, known, images, pixels=0)
+    true = rendered(points, known, images / 255)
+    made = rendered(points, known, images)
     assert made.dtype == torch.uint8
     assert (made - 255 * true).abs().max() < 0.7
 
@@ -1122,63 +1112,44 @@ def test_hybrids_of_the_prior_are_only_decoded():
     assert torch.equal(x, decoded.round().byte())
 
 
-def test_the_last_part_of_the_hybrids_is_mixed_of_pixels():
-    known, points = points_between()
-    images = easy(90)[0] / 255
-    w = points.t[:, None, None, None]
-    plain = w * images[points.i] + (1 - w) * images[points.j]
-    decoded = rendered(points, known, images, pixels=0)
-    x = rendered(points, known, images, pixels=0.25)
-    close(x, torch.cat([decoded[:150], plain[150:]]))
-
-
-def test_unless_told_otherwise_half_of_the_hybrids_is_mixed_of_pixels():
-    known, points = points_between()
-    images = easy(90)[0] / 255
-    half = rendered(points, known, images, pixels=0.5)
-    x = rendered(points, known, images)
-    assert torch.equal(x, half)
-
-
-def test_hybrids_of_pixels_alone_are_never_decoded():
-    known, points = points_between()
-    hybrids.render(points, known, easy(90)[0], None, pixels=1)
-
-
 def test_colour_is_cut_in_rectangles():
     known, points = points_between()
     images = colours()
-    w = hybrids.rectangles(points.t, 16, 16, seeded())
-    true = by_definition(known, points, images, decoder(3), w)
-    x = rendered(points, known, images, pixels=0, batch=200)
-    close(x, true)
+    w = hybrids.rectangles(points.t[:100], 16, 16, seeded())
+    some = points.take(slice(100))
+    true = by_definition(known, some, images, decoder(3), w)
+    x = rendered(points, known, images, batch=100)
+    close(x[:100], true)
+
+
+def is_cut(x, points, images):
+    """Is every pixel of the half that is not decoded of the one or the other source?"""
+    half = len(x) // 2
+    first = x[half:] == images[points.i[half:]]
+    second = x[half:] == images[points.j[half:]]
+    both = (first | second).all()
+    return bool(both and not first.all() and not second.all())
 
 
 def test_cut_pixels_are_those_of_the_one_or_the_other_source():
     known, points = points_between()
     images = colours()
-    x = rendered(points, known, images, pixels=1)
-    first = x == images[points.i]
-    second = x == images[points.j]
-    assert (first | second).all()
-    assert not first.all() and not second.all()
+    assert is_cut(rendered(points, known, images), points, images)
+    assert not is_cut(rendered(points, known, images, cut=False), points, images)
 
 
 def test_colour_is_mixed_where_no_cut_is_wanted():
     known, points = points_between()
     images = colours()
-    w = points.t[:, None, None, None]
-    x = rendered(points, known, images, pixels=1, cut=False)
-    close(x, w * images[points.i] + (1 - w) * images[points.j])
+    x = rendered(points, known, images, cut=False)
+    close(x[100:], mixed(points, images, weights_of(points))[100:])
 
 
 def test_grey_is_cut_where_a_cut_is_wanted():
     known, points = points_between()
-    grey = easy(90)[0]
-    x = rendered(points, known, grey, pixels=1, cut=True)
-    first = x == grey[points.i]
-    second = x == grey[points.j]
-    assert (first | second).all()
+    images, _ = easy(90)
+    assert is_cut(rendered(points, known, images, cut=True), points, images)
+    assert not is_cut(rendered(points, known, images), points, images)
 
 
 def test_cuts_are_drawn_from_the_generator_alone():
@@ -1235,8 +1206,8 @@ def test_cut_rectangles_lie_anywhere():
 def test_making_is_rendering_and_labelling():
     known, points = points_between()
     images, _ = easy(90)
-    x, q = hybrids.make(points, known, images, decoder(), rule="density", pixels=0.25)
-    assert torch.equal(x, rendered(points, known, images, pixels=0.25))
+    x, q = hybrids.make(points, known, images, decoder(), rule="density", residual=False)
+    assert torch.equal(x, rendered(points, known, images, residual=False))
     assert torch.equal(q, known.posterior(points.z))
 
 
@@ -2564,7 +2535,7 @@ def test_the_first_layer_predicts_by_the_moments_that_it_has_seen():
 def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spread):
     model = filled(vae.VAE(1, side, side, latent_dim=2, hidden=4, units=8))
     mu, logvar = model.encode(waves(side))
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
     found = torch.cat([mu, logvar], 1)
     assert found[0].tolist() == approx(codes_of, abs=2e-4)
@@ -2579,7 +2550,7 @@ def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spre
     (cnn.CNN, (1, 10, 24, 33), 428_146)])
 def test_a_network_of_this_format_has_so_many_weights(kind, shape, weights):
     model = kind(*shape)
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
 
 
@@ -2587,7 +2558,7 @@ def test_a_network_of_this_format_has_so_many_weights(kind, shape, weights):
     (28, 2782, [1.9016, -1.1787]), (64, 12_062, [2.43, -1.6487])])
 def test_a_cnn_of_this_format_computes_what_it_did(side, weights, logits):
     model = filled(cnn.CNN(1, 2, width=4, side=side))
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
     assert model(waves(side))[0].tolist() == approx(logits, abs=2e-4)
 
@@ -3396,7 +3367,7 @@ def test_scripts_on_hardly_any_images(tmp_path, capsys, recwarn):
     assert run("vae", "--dataset", data, "-o", tmp_path, "--steps", 3, "--images", 2,
                "--latent-dim", 2) == 0  # one of the three classes has none
     assert run("latent", "-o", tmp_path) == 0
-    for strategy in ("boundary", "prior"):
+    for strategy in ("between", "prior"):
         assert run("hybrids", "-o", tmp_path, "--count", 5, "--strategy", strategy) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1          # see `say_if_few`
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
@@ -5037,20 +5008,14 @@ def made_by(folder, *words):
 
 
 @pytest.mark.parametrize("words", [
-    ["--strategy", "boundary"], ["--strategy", "same"], ["--strategy", "around"],
-    ["--strategy", "prior"], ["--no-residual"], ["--pixels", "1"], ["--cut"],
-    ["--label", "density"], ["--label", "weight"], ["--label", "argmax"],
-    ["--label", "sampled"]], ids=" ".join)
+    ["--strategy", "between"], ["--strategy", "around"], ["--strategy", "prior"],
+    ["--no-residual"], ["--cut"], ["--no-deform"], ["--label", "density"],
+    ["--label", "weight"]], ids=" ".join)
 def test_every_kind_of_hybrid_is_made(bare, words):
     saved = made_by(bare, *words)
     assert saved["images"].shape == (30, 1, 16, 16)
     close(saved["q"].sum(1), torch.ones(30))
     assert not unfinished(bare)
-
-
-def test_hybrids_of_one_class_are_labelled_so(bare):
-    saved = made_by(bare, "--strategy", "same", "--label", "weight")
-    assert saved["q"].amax(1).min() > 0.999
 
 
 def test_points_from_the_prior_are_labelled_by_the_density(bare):
@@ -5060,26 +5025,11 @@ def test_points_from_the_prior_are_labelled_by_the_density(bare):
     close(saved["q"], posterior(saved["z"]))
 
 
-@pytest.mark.parametrize("rule", ["argmax", "sampled"])
-def test_hard_labels_are_one_class_each(bare, rule):
-    assert made_by(bare, "--label", rule)["q"].amax(1).min() == 1
-
-
-@pytest.mark.parametrize("words, share", [
-    ([], 0.5),
-    (["--pixels", 1], 1),
-    (["--no-residual"], 0),
-    (["--strategy", "around"], 0),
-    (["--strategy", "prior"], 0)])
-def test_the_share_that_is_never_decoded_is_recorded_as_it_was(bare, words, share):
-    assert made_by(bare, *words)["settings"]["pixels"] == share
-
-
 def test_grey_images_are_not_cut_unless_asked(bare):
-    plain = made_by(bare, "--pixels", 1)
-    mixed = made_by(bare, "--pixels", 1, "--no-cut")
-    cut = made_by(bare, "--pixels", 1, "--cut")
-    assert torch.equal(plain["images"], mixed["images"])
+    plain = made_by(bare)
+    faded = made_by(bare, "--no-cut")
+    cut = made_by(bare, "--cut")
+    assert torch.equal(plain["images"], faded["images"])
     assert not torch.equal(plain["images"], cut["images"])
     assert plain["settings"]["cut"] is False
     assert cut["settings"]["cut"] is True
@@ -5645,7 +5595,7 @@ def colour(tmp_path_factory):
 
 
 NOT_AUGMENTED = [arm for arm in compare.ARMS
-                 if arm != "latent posterior" and not compare.ARMS[arm].augment]
+                 if arm != "latent posterior" and not compare.ARMS[arm].change]
 CLEAN_IN_THE_END = [arm for arm in NOT_AUGMENTED if arm != "hybrid only"]
 WITH_HYBRIDS = [
     "real+hybrid", "hybrid only", "prior hybrid", "weight labels", "density labels",
