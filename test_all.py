@@ -2,9 +2,10 @@
 
     python -m pytest -q test_all.py
 
-In this order: the percentages, hybrids, augmentations, scores, training, a GPU; data sets and
-pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files and signals. The
-maths is held against torch.distributions, closed forms and brute force, never against itself.
+In this order: the percentages, hybrids, augmentations, deformations, scores, training, a GPU;
+data sets and pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files and
+signals. The maths is held against torch.distributions, closed forms and brute force, never
+against itself.
 """
 import contextlib
 import csv
@@ -180,6 +181,39 @@ def same(a, b):
 
 def unfinished(folder):
     return [file for file in folder.rglob("*") if ".tmp" in file.name]
+
+
+TRUE_FIT = vae.Deformations.fit
+
+
+def deformations(strength=0.5, mirror=False, height=16, width=16):
+    """Some that move every part of an image, as if they had been learned."""
+    directions = 0.1 * noise(56, 3)
+    nll = {(0.0, False): 0.7, (strength, mirror): 0.6}
+    return vae.Deformations(directions, height, width, strength, mirror, nll)
+
+
+def found(result):
+    """In place of Deformations.fit: every set of images says that it moves like this."""
+    def fit(images, y, generator):
+        return deformations(*result, *images.shape[2:])
+
+    return fit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def still():
+    """In this process many images are not asked how they move: it takes longest of all."""
+    not_at_all = found((0.0, False))
+
+    def fit(images, y, generator):
+        if len(images) > 50:
+            return not_at_all(images, y, generator)
+        return TRUE_FIT(images, y, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae.Deformations, "fit", fit)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -1465,7 +1499,9 @@ def test_flip_crop_reflects_the_edges():
     assert (seen[:, 1] == rows[:, :, None]).all()
 
 
-TRANSFORMS = {"affine": cnn.affine, "flip_crop": cnn.flip_crop, "mixup": cnn.mixup,
+TRANSFORMS = {"affine": cnn.affine, "elastic": cnn.elastic, "flip_crop": cnn.flip_crop,
+              "deformations": deformations(0.5, True, 16, 20),
+              "moving": cnn.moving(noise(500, 16, 20, 2)), "mixup": cnn.mixup,
               "mixup of 1": functools.partial(cnn.mixup, alpha=1.0), "cutmix": cnn.cutmix}
 
 
@@ -1489,7 +1525,7 @@ def test_a_transform_keeps_shape_range_and_sum(name):
     close(q.sum(1), torch.ones(64))
 
 
-@pytest.mark.parametrize("name", ["affine", "flip_crop"])
+@pytest.mark.parametrize("name", ["affine", "elastic", "flip_crop", "deformations", "moving"])
 def test_each_image_is_changed_in_its_own_way(name):
     image = torch.rand(3, 16, 20, generator=seeded())
     x = image.expand(64, -1, -1, -1)
@@ -1660,6 +1696,535 @@ def test_transforms_see_the_whole_batch_one_after_the_other():
     x, q = next_batch(seeded(), 0)
     assert brightness(x).tolist() == [4, 4, 2, 2]
     assert q.sum(1).tolist() == [3, 3, 3, 3]
+
+
+# ---- deformations: how images of one class move into each other -----------------------------
+
+def blobs(count, height=16, width=16, seed=0):
+    """Smooth images (count,1,height,width) of four bright spots each, none like another."""
+    g = seeded(seed)
+    centre = torch.rand(count, 4, 2, 1, 1, generator=g) * 1.2 - 0.6
+    radius = torch.rand(count, 4, 1, 1, generator=g) * 0.15 + 0.15
+    right, down, *_ = vae.flow_functions(height, width)
+    distance = (right - centre[:, :, 0]).square() + (down - centre[:, :, 1]).square()
+    return (-distance / (2 * radius ** 2)).exp().amax(1, keepdim=True)
+
+
+def affine_part(count, size=0.12, seed=0):
+    """Coefficients (count,2,28) of random affine maps."""
+    v = torch.zeros(count, 2, 28)
+    v[:, :, :3] = size * noise(count, 2, 3, seed=seed)
+    return v
+
+
+def bending_part(count, size=0.12, seed=0):
+    """Coefficients (count,2,28) of random smooth flows."""
+    v = torch.zeros(count, 2, 28)
+    v[:, :, 3:] = size * noise(count, 2, 25, seed=seed)
+    return v
+
+
+def square_error(a, b):
+    return (a - b).square().mean((1, 2, 3))
+
+
+WARPS = pytest.mark.parametrize("warp", [vae.warp, cnn.warp], ids=["vae", "cnn"])
+
+
+@WARPS
+def test_an_image_seen_through_no_flow_is_as_it_was(warp):
+    x = torch.rand(3, 2, 12, 20, generator=seeded())
+    close(warp(x, torch.zeros(3, 12, 20, 2)), x)
+
+
+@WARPS
+@pytest.mark.parametrize("right, down", [(3, 0), (0, 2), (-4, 5)])
+def test_a_flow_of_whole_pixels_is_a_shift_with_the_border_continued(warp, right, down):
+    x = torch.rand(3, 2, 12, 20, generator=seeded())
+    flow = torch.tensor([right, down]).expand(3, 12, 20, 2)
+    larger = F.pad(x, (5, 5, 5, 5), mode="replicate")
+    close(warp(x, flow), larger[:, :, 5 + down:17 + down, 5 + right:25 + right])
+
+
+@WARPS
+def test_what_is_seen_at_p_is_the_image_at_p_and_the_flow_there(warp):
+    here = places(3, 12, 20)
+    flow = noise(3, 12, 20, 2)
+    there = here + flow.permute(0, 3, 1, 2)
+    inside = torch.stack([there[:, 0].clamp(0, 19), there[:, 1].clamp(0, 11)], 1)
+    close(warp(here, flow), inside, atol=1e-4, rtol=0)
+
+
+def test_there_and_back_again_is_nearly_the_image():
+    x = blobs(9, 20, 24)
+    flow = vae.flow_of(affine_part(9, 0.05) + bending_part(9, 0.05), 20, 24)
+    there = vae.warp(x, flow)
+    back = vae.warp(there, -flow)
+    assert (square_error(back, x) < 0.1 * square_error(there, x)).all()
+
+
+def test_the_mirroring_flow_mirrors():
+    x = torch.rand(2, 3, 12, 20, generator=seeded())
+    flow = vae.mirror_flow(12, 20).expand(2, -1, -1, -1)
+    close(vae.warp(x, flow), x.flip(3))
+
+
+def test_the_affine_part_of_a_flow_is_an_affine_map_in_half_sides():
+    v = affine_part(2)
+    flow = vae.flow_of(v, 12, 20)
+    for k, row, column in itertools.product(range(2), (0, 5, 11), (0, 7, 19)):
+        right = (column + 0.5) / 10 - 1
+        down = (row + 0.5) / 6 - 1
+        a, b, c = v[k, 0, :3]
+        d, e, f = v[k, 1, :3]
+        wanted = [10 * (a * right + b * down + c), 6 * (d * right + e * down + f)]
+        assert flow[k, row, column].tolist() == approx(wanted, abs=1e-5)
+
+
+def test_a_turn_is_a_turn_whatever_the_shape():
+    v = torch.zeros(1, 2, 28)
+    v[0, 0, :2] = torch.tensor([math.cos(0.3) - 1, -math.sin(0.3) * 12 / 20])
+    v[0, 1, :2] = torch.tensor([math.sin(0.3) * 20 / 12, math.cos(0.3) - 1])
+    there = places(1, 12, 20) + vae.flow_of(v, 12, 20).permute(0, 3, 1, 2)
+    edge = there[0, :, 0, 1:] - there[0, :, 0, :-1]
+    wanted = torch.tensor([[math.cos(0.3)], [math.sin(0.3)]])
+    close(edge, wanted.expand(2, 19), atol=1e-4, rtol=0)
+
+
+def test_a_grid_of_one_displacement_shifts_everything():
+    v = torch.zeros(1, 2, 28)
+    v[0, 0, 3:] = 0.2
+    v[0, 1, 3:] = -0.1
+    flow = vae.flow_of(v, 12, 20)
+    close(flow, torch.tensor([2.0, -0.6]).expand(1, 12, 20, 2))
+
+
+def test_a_flow_has_the_displacement_of_a_node_where_the_node_is():
+    v = bending_part(1)
+    flow = vae.flow_of(v, 17, 21)       # every fourth row, every fifth column
+    nodes = v[0, :, 3:].unflatten(1, (5, 5)).permute(1, 2, 0)
+    close(flow[0, ::4, ::5], nodes * torch.tensor([10.5, 8.5]))
+
+
+@pytest.mark.parametrize("part, better", [(affine_part, 30), (bending_part, 2)])
+def test_registration_finds_a_known_flow(part, better):
+    moving = blobs(8, 20, 24)
+    true = vae.flow_of(part(8), 20, 24)
+    target = vae.warp(moving, true)
+    found = vae.flow_of(vae.register(target, moving), 20, 24)
+    after = square_error(vae.warp(moving, found), target)
+    assert (after < square_error(moving, target) / better).all()
+    # Where there is something to be seen.
+    bright = target.squeeze(1) > 0.5
+    miss = (found - true)[bright].norm(dim=1).mean()
+    assert miss < 0.3 * true[bright].norm(dim=1).mean()
+
+
+def test_equal_images_are_in_register_already():
+    x = blobs(3)
+    assert vae.flow_of(vae.register(x, x), 16, 16).abs().max() < 0.05
+
+
+def test_pairs_are_registered_as_each_would_be_alone():
+    target = blobs(3)
+    moving = blobs(3, seed=1)
+    together = vae.register(target, moving)
+    for k in range(3):
+        close(vae.register(target[[k]], moving[[k]]), together[[k]], atol=1e-3, rtol=0)
+
+
+def test_registration_leaves_no_gradients_and_draws_nothing():
+    state = torch.get_rng_state()
+    v = vae.register(blobs(2), blobs(2, seed=1))
+    assert not v.requires_grad
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_directions_have_the_covariance_of_the_coefficients():
+    v = noise(200, 2, 28) * torch.rand(56, generator=seeded()).view(2, 28) + 3
+    directions = vae.square_root(v)
+    true = v.flatten(1).double().T.cov(correction=0)
+    close(directions @ directions.T, true, check_dtype=False, atol=1e-5, rtol=1e-4)
+    widths = directions.norm(dim=0)
+    assert torch.equal(widths, widths.sort(descending=True).values)
+    close(directions.T @ directions, widths.square().diag(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_the_directions_of_one_pair_or_none_are_zero(pairs):
+    assert torch.equal(vae.square_root(noise(pairs, 2, 28)), torch.zeros(56, 56))
+
+
+def test_pairs_are_of_one_class_and_never_of_an_image_with_itself():
+    y = torch.tensor([0] * 30 + [1] * 4 + [2])
+    i, j = vae.same_class_pairs(y[torch.randperm(35, generator=seeded())], seeded(), each=6)
+    y = y[torch.randperm(35, generator=seeded())]
+    assert torch.equal(y[i], y[j])
+    assert (i != j).all()
+    assert len(set(zip(i.tolist(), j.tolist()))) == len(i)
+    often = i.bincount(minlength=35)
+    assert torch.equal(often, torch.tensor([6, 3, 0])[y])       # a small class has fewer
+
+
+def test_partners_of_one_class_are_drawn_evenly():
+    often = torch.zeros(20)
+    for seed in range(300):
+        i, j = vae.same_class_pairs(torch.zeros(20).long(), seeded(seed), each=5)
+        often += j[i == 0].bincount(minlength=20)
+    assert often[0] == 0
+    assert often[1:].min() > 50 and often[1:].max() < 110      # 79 on average
+
+
+@pytest.mark.parametrize("count, each", [(100, 10), (300, 10), (1000, 3), (4000, 1)])
+def test_there_are_not_many_more_pairs_than_wanted(count, each):
+    i, _ = vae.same_class_pairs(torch.arange(count) % 2, seeded())
+    assert (i.bincount() == each).all()
+
+
+def test_a_random_half_is_half_of_each_class_and_the_smaller_of_an_odd_one():
+    y = torch.tensor([0] * 8 + [1] * 5 + [3])[torch.randperm(14, generator=seeded())]
+    often = torch.zeros(14)
+    for seed in range(400):
+        half = vae.random_half(y, seeded(seed))
+        assert y[half].bincount(minlength=4).tolist() == [4, 2, 0, 0]
+        often += half
+    close(often / 400, torch.tensor([0.5, 0.4, 0, 0])[y], atol=0.12, rtol=0)
+
+
+def slow_kernel_nll(x, y, asked, asked_y, classes):
+    """The least NLL over bandwidths, image by image and class by class."""
+    nearest = []
+    for image in asked:
+        nearest.append(min(float((image - other).square().sum()) for other in x))
+    nearest = sorted(nearest)[(len(asked) - 1) // 2]    # their median
+    losses = []
+    for factor in (0.05, 0.1, 0.2, 0.4):
+        total = 0.0
+        for image, true in zip(asked, asked_y):
+            mass = [0.0] * classes
+            for other, c in zip(x, y):
+                distance = float((image - other).square().sum())
+                mass[c] += math.exp(-distance / (2 * factor * nearest))
+            q = 0.98 * mass[true] / sum(mass) + 0.02 / classes
+            total -= math.log(q) / len(asked)
+        losses.append(total)
+    return min(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_nll_of_the_kernel_classifier_is_that_of_its_formula(seed):
+    x = noise(12, 1, 4, 4, seed=seed).double()
+    asked = noise(7, 1, 4, 4, seed=9 + seed).double()
+    y = torch.arange(12) % 3
+    asked_y = torch.arange(7) % 4       # one class is unknown
+    found = vae.kernel_nll(x, y, asked, asked_y)
+    wanted = slow_kernel_nll(x, y.tolist(), asked, asked_y.tolist(), classes=4)
+    assert found == approx(wanted, rel=1e-5)
+
+
+# ---- what the images say about their movements ----------------------------------------------
+
+def set_that_moves(count=40, seed=0):
+    """Four objects, each seen turned, sheared and shifted at random; labels."""
+    y = torch.arange(count) % 4
+    v = affine_part(count, 0.15, seed + 1)
+    return vae.warp(blobs(4, seed=seed)[y], vae.flow_of(v, 16, 16)), y
+
+
+def set_of_many_objects(seed=0):
+    """Four classes of three objects each, which do not move."""
+    y = torch.arange(48) % 4
+    x = blobs(12, seed=seed)[torch.arange(48) % 12]
+    return (x + 0.05 * noise(48, 1, 16, 16, seed=seed)).clamp(0, 1), y
+
+
+def set_without_movement(seed=0):
+    """Four objects under noise."""
+    y = torch.arange(40) % 4
+    x = blobs(4, seed=seed)[y] + 0.2 * noise(40, 1, 16, 16, seed=seed)
+    return x.clamp(0, 1), y
+
+
+def set_of_random_labels(seed=0):
+    x, y = set_that_moves(seed=seed)
+    return x, y[torch.randperm(40, generator=seeded(seed))]
+
+
+def set_of_mirrored_pairs(seed=0):
+    """Four objects, half of the time seen in a mirror."""
+    x, y = set_without_movement(seed)
+    turned = torch.rand(40, 1, 1, 1, generator=seeded(seed)) < 0.5
+    return torch.where(turned, x.flip(3), x), y
+
+
+def set_of_mirrored_classes(seed=0):
+    """Two objects, and two that are what the first look like in a mirror."""
+    y = torch.arange(40) % 4
+    two = blobs(2, seed=seed)
+    x = torch.cat([two, two.flip(3)])[y] + 0.2 * noise(40, 1, 16, 16, seed=seed)
+    return x.clamp(0, 1), y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_that_move_say_so(seed):
+    deform = TRUE_FIT(*set_that_moves(seed=seed), seeded())
+    assert deform.strength > 0
+    assert deform.nll[deform.strength, False] < 0.8 * deform.nll[0.0, False]
+    assert deform.moves()
+
+
+@pytest.mark.parametrize("made", [set_of_many_objects, set_without_movement,
+                                  set_of_random_labels])
+@pytest.mark.parametrize("seed", range(3))
+def test_images_that_do_not_move_say_so(made, seed):
+    deform = TRUE_FIT(*made(seed=seed), seeded())
+    assert deform.strength == 0
+    assert not deform.mirror
+
+
+@pytest.mark.parametrize("made, wanted", [(set_of_mirrored_pairs, True),
+                                          (set_of_mirrored_classes, False)])
+@pytest.mark.parametrize("seed", range(3))
+def test_images_say_whether_a_mirror_makes_others_of_their_kind(made, wanted, seed):
+    assert TRUE_FIT(*made(seed=seed), seeded()).mirror == wanted
+
+
+def test_the_strength_is_the_one_of_the_least_nll():
+    deform = TRUE_FIT(*set_that_moves(), seeded())
+    assert list(deform.nll) == [*((s, False) for s in (0, 0.25, 0.5, 0.75, 1)), (0, True)]
+    assert deform.nll[deform.strength, False] == min(list(deform.nll.values())[:5])
+
+
+def test_the_directions_are_those_of_pairs_of_one_class():
+    x, y = set_that_moves()
+    deform = TRUE_FIT(x, y, seeded())
+    generator = seeded()
+    rows = torch.randperm(40, generator=generator)
+    i, j = vae.same_class_pairs(y[rows], generator)
+    v = vae.register(x[rows][i], x[rows][j])
+    close(deform.directions, vae.square_root(v))
+    assert (deform.height, deform.width) == (16, 16)
+
+
+def test_what_images_say_depends_on_the_generator_alone():
+    x, y = set_that_moves(24)
+    found = []
+    for seed, draw in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(draw)
+        before = torch.get_rng_state()
+        found.append(TRUE_FIT(x, y, seeded(seed)))
+        assert torch.equal(before, torch.get_rng_state())
+    assert found[0].nll == found[1].nll != found[2].nll
+    assert torch.equal(found[0].directions, found[1].directions)
+
+
+def test_images_of_any_kind_say_the_same():
+    x, y = set_that_moves(24)
+    as_bytes_of_colour = as_bytes(x).expand(-1, 3, -1, -1)
+    first = TRUE_FIT(as_bytes_of_colour, y.int(), seeded())
+    second = TRUE_FIT(as_bytes(x) / 255, y, seeded())
+    assert first.strength == second.strength
+    close(first.directions, second.directions, atol=1e-3, rtol=0)
+
+
+def test_at_most_so_many_images_are_asked(monkeypatch):
+    x, y = set_that_moves()
+    asked = note_calls(monkeypatch, vae, "proof")
+    TRUE_FIT(x, y, seeded(), most=12)
+    assert len(asked[0][0][0]) == 12
+
+
+def test_the_proof_moves_one_half_by_what_that_half_says_and_asks_the_other(monkeypatch):
+    x, y = set_that_moves(16)
+    x[:, :, 0, 0] = torch.linspace(0, 1, 16)[:, None]           # a name for each image
+    monkeypatch.setattr(vae, "blur", lambda x, sigma: x)
+    monkeypatch.setattr(vae, "warp", lambda x, flow: x)
+    roots = note_calls(monkeypatch, vae, "square_root")
+    asked = note_calls(monkeypatch, vae, "kernel_nll")
+    i, j = vae.same_class_pairs(y, seeded())
+    v = torch.stack([i, j], 1).float()[:, :, None].expand(-1, 2, 28)
+    vae.proof(x, y, i, j, v, seeded(), splits=2, views=3)
+    assert len(roots) == 4 and len(asked) == 4 * 6
+    for k, ((seen, seen_y, other, other_y), _) in enumerate(asked):
+        names = (15 * seen[:, 0, 0, 0]).round().long()
+        others = (15 * other[:, 0, 0, 0]).round().long()
+        if k % 6 < 5:                   # the sixth is mirrored
+            assert torch.equal(y[names], seen_y)
+            assert names.bincount(minlength=16).unique().tolist() == [0, 3]
+            assert set(names.tolist()).isdisjoint(others.tolist())
+            (pairs,), _ = roots[k // 6]
+            assert set(pairs[:, :, 0].flatten().tolist()) <= set(names.tolist())
+        assert torch.equal(y[others], other_y)
+        assert len(others) == 8
+
+
+@pytest.mark.parametrize("y", [[], [0], [0, 1], [0, 1, 2, 3]], ids=len)
+def test_without_two_images_of_a_class_nothing_moves(y):
+    deform = TRUE_FIT(easy(4)[0][:len(y)], torch.tensor(y).long(), seeded())
+    assert not deform.moves()
+    assert deform.words() == "no deformations"
+    x = torch.rand(5, 1, 16, 16, generator=seeded())
+    q = torch.eye(5)
+    moved, same_q = deform(x, q, seeded())
+    assert moved is x and same_q is q
+
+
+def test_images_of_one_class_say_that_they_do_not_move():
+    x, _ = set_that_moves()
+    deform = TRUE_FIT(x, torch.zeros(40).long(), seeded())
+    assert not deform.moves()           # what they are is known whatever they do
+    assert deform.directions.isfinite().all()
+
+
+# ---- what deformations do -------------------------------------------------------------------
+
+def test_a_flow_is_the_strength_times_the_directions_times_their_weights():
+    deform = deformations(0.5, height=12, width=20)
+    w = noise(4, 3)
+    v = torch.stack([0.5 * deform.directions @ row for row in w])
+    close(deform.flow(w), vae.flow_of(v.view(4, 2, 28), 12, 20))
+
+
+def test_random_flows_have_standard_normal_weights():
+    deform = deformations(1.0)
+    flows = deform.sample(3000, seeded()).flatten(1)
+    basis = deform.flow(torch.eye(3)).flatten(1)
+    weights = torch.linalg.lstsq(basis.T, flows.T).solution
+    close(weights.cov(), torch.eye(3), atol=0.1, rtol=0)
+    close(weights.mean(1), torch.zeros(3), atol=0.06, rtol=0)
+
+
+def test_each_image_is_deformed_by_a_flow_of_its_own():
+    deform = deformations(0.5)
+    x = blobs(6)
+    q = torch.eye(6)
+    moved, same_q = deform(x, q, seeded())
+    close(moved, vae.warp(x, deform.sample(6, seeded())))
+    assert same_q is q
+
+
+def test_where_a_mirror_makes_others_of_their_kind_half_of_them_are_mirrored():
+    deform = deformations(0.0, mirror=True)
+    x = torch.rand(600, 1, 16, 16, generator=seeded())
+    moved, _ = deform(x, None, seeded())
+    mirrored = (moved == x.flip(3)).flatten(1).all(1)
+    plain = (moved == x).flatten(1).all(1)
+    assert (mirrored ^ plain).all()
+    assert part_of(mirrored) == approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("strength, mirror", [(0.0, False), (0.0, True), (1.0, True)])
+def test_a_batch_without_images_is_given_back(strength, mirror):
+    x, q = deformations(strength, mirror)(torch.empty(0, 1, 16, 16), torch.eye(0), seeded())
+    assert x.shape == (0, 1, 16, 16) and q.shape == (0, 0)
+
+
+def test_a_repertoire_holds_no_flow_as_often_as_the_strength_is_below_one():
+    flows = deformations(0.25, height=8, width=8).repertoire(2000, seeded())
+    still = (flows == 0).flatten(1).all(1)
+    assert part_of(still) == approx(0.75, abs=0.03)
+
+
+def test_half_of_a_repertoire_mirrors_where_a_mirror_makes_others_of_their_kind():
+    plain = deformations(0.5).repertoire(200, seeded())
+    flows = deformations(0.5, mirror=True).repertoire(200, seeded())
+    x = torch.rand(1, 1, 16, 16, generator=seeded()).expand(200, -1, -1, -1)
+    straight = vae.warp(x, plain)
+    seen = vae.warp(x, flows)
+    mirrored = (seen - straight.flip(3)).flatten(1).abs().amax(1) < 1e-4
+    unturned = (seen - straight).flatten(1).abs().amax(1) < 1e-4
+    assert (mirrored ^ unturned).all()
+    assert part_of(mirrored) == approx(0.5, abs=0.1)
+
+
+def test_a_classifier_sees_mirrored_images_through_a_mirroring_repertoire():
+    flows = deformations(0.0, mirror=True).repertoire(50, seeded())
+    x = torch.rand(60, 3, 16, 16, generator=seeded())
+    moved, _ = cnn.moving(flows.half())(x, None, seeded())
+    mirrored = (moved - x.flip(3)).flatten(1).abs().amax(1) < 1e-4
+    unturned = (moved - x).flatten(1).abs().amax(1) < 1e-4
+    assert (mirrored ^ unturned).all()
+    assert 10 < mirrored.sum() < 50
+
+
+@pytest.mark.parametrize("strength, mirror, words", [
+    (0.0, False, "no deformations"), (0.0, True, "no deformations, mirrored or not"),
+    (0.25, False, "deformations of strength 0.25"),
+    (1.0, True, "deformations of strength 1, mirrored or not")])
+def test_deformations_in_words(strength, mirror, words):
+    deform = deformations(strength, mirror)
+    assert deform.words() == words
+    assert deform.moves() == (words != "no deformations")
+
+
+def test_deformations_rebuild_themselves():
+    deform = deformations(0.25, True, 12, 20)
+    again = vae.Deformations.restore({"deformations": deform.fields()})
+    assert again.fields().keys() == deform.fields().keys()
+    assert torch.equal(again.sample(5, seeded()), deform.sample(5, seeded()))
+    assert again.mirror is True
+
+
+# ---- morphs: two images in register ---------------------------------------------------------
+
+def spot(column, row=8):
+    """A bright spot (1,1,16,24)."""
+    right, down = places(1, 16, 24)[0]
+    distance = (right - column).square() + (down - row).square()
+    return (-distance / 8).exp()[None, None]
+
+
+def column_of(x):
+    """Where the brightness of an image has its centre, to the right."""
+    right = torch.arange(24.0)
+    return ((x * right).sum() / x.sum()).item()
+
+
+def meeting(first, second, t, strength=1.0):
+    """Two images where they meet."""
+    return vae.Morph(first, second, strength)(first, second, torch.tensor([0]),
+                                              torch.tensor([t]))
+
+
+def test_a_morph_is_halfway_where_the_object_is_halfway():
+    a, b = meeting(spot(9), spot(14), 0.5)
+    assert column_of(a) == approx(11.5, abs=0.3)
+    assert column_of(b) == approx(11.5, abs=0.3)
+
+
+def test_at_its_ends_a_morph_leaves_one_image_and_lays_the_other_on_it():
+    first, second = spot(9), spot(14)
+    a, b = meeting(first, second, 1.0)
+    close(a, first)
+    assert column_of(b) == approx(9, abs=0.4)
+    a, b = meeting(first, second, 0.0)
+    close(b, second)
+    assert column_of(a) == approx(14, abs=0.4)
+
+
+def test_images_come_as_far_towards_each_other_as_the_strength_says():
+    a, b = meeting(spot(9), spot(14), 0.5, strength=0.4)
+    assert column_of(a) == approx(10, abs=0.3)
+    assert column_of(b) == approx(13, abs=0.3)
+
+
+def test_a_morph_without_strength_is_a_cross_fade():
+    a, b = meeting(spot(9), spot(14), 0.3, strength=0.0)
+    close((a, b), (spot(9), spot(14)))
+
+
+def test_a_morph_registers_every_pair_and_takes_those_asked_for():
+    first = blobs(5).expand(-1, 3, -1, -1)
+    second = blobs(5, seed=1).expand(-1, 3, -1, -1)
+    meet = vae.Morph(first, second, batch=2)
+    wanted = vae.register(first[:, :1], second[:, :1])
+    close(meet.v, wanted, atol=1e-3, rtol=0)
+    rows = torch.tensor([3, 0, 3])
+    t = torch.tensor([0.2, 0.5, 0.8])
+    seen = meet(first[rows], second[rows], rows, t)
+    flow = vae.flow_of(meet.v[rows], 16, 16)
+    w = t[:, None, None, None]
+    close(seen, (vae.warp(first[rows], (w - 1) * flow), vae.warp(second[rows], w * flow)))
 
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -4455,10 +5020,12 @@ def backwards(path):
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory):
-    """A chain in plain float32, and what reached its two training loops."""
+    """A chain in plain float32 of images that move, and what reached its training loops."""
     out = tmp_path_factory.mktemp("seen") / "run"
     tiny = backwards(out.parent / "tiny.npz")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae.Deformations, "fit", found((0.5, True)))
+        moved = note_calls(patch, cnn, "warp")
         pictures = {kind: note_calls(patch, SCRIPTS[kind], "draw")
                     for kind in ("vae", "hybrids", "cnn")}
         pictures["map"] = note_calls(patch, latent, "draw_map")
@@ -4470,7 +5037,7 @@ def seen(tmp_path_factory):
         assert run("latent", "-o", out, "--seed", 5, "--no-amp") == 0
         assert run("hybrids", "-o", out, "--seed", 5, "--count", 90, "--no-amp") == 0
         assert run("cnn", "-o", out, "--seed", 5, "--steps", 40, "--width", 8, "--no-amp") == 0
-    noted = SimpleNamespace(out=out, vae=vae_fits[0], cnn=cnn_fits[0])
+    noted = SimpleNamespace(out=out, vae=vae_fits[0], cnn=cnn_fits[0], moved=moved)
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.model = vae.VAE.restore(noted.files["vae"])
     noted.classifier = cnn.CNN.restore(noted.files["cnn"])
@@ -4499,7 +5066,8 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 
 @pytest.mark.parametrize("kind, upstream, keys", [
-    ("vae", [], "config rows model"), ("hybrids", ["vae", "latent"], "images q z"),
+    ("vae", [], "config rows model deformations"),
+    ("hybrids", ["vae", "latent"], "images q z flows"),
     ("latent", ["vae"], "mu logvar labels calibrated teaching"),
     ("cnn", ["vae", "hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
@@ -4592,8 +5160,9 @@ def test_a_vae_says_what_its_file_says(bare, capsys):
     for line, part in zip(lines, ("train", "test")):
         assert line.split()[0] == f"{part}:"
         assert f"= {metrics[part]['negative_elbo']:.1f} nats per image" in line
+    assert lines[2].startswith("no deformations: ")
     # And no word of a collapse.
-    assert lines[2:] == [str(bare / "vae.png"), str(bare / "vae.pt")]
+    assert lines[3:] == [str(bare / "vae.png"), str(bare / "vae.pt")]
 
 
 def test_latent_pt_holds_the_codes_of_the_images_of_the_vae(seen):
@@ -4670,7 +5239,10 @@ def test_hybrids_are_those_of_the_codes_and_the_seed(seen):
     generator = seeded(5)
     points = hybrids.sample("between", 90, codes, generator)
     close(saved["z"], points.z)
-    x, q = hybrids.make(points, codes, sources, model.decode, generator=generator)
+    deform = deformations(0.5, True)
+    morph = functools.partial(vae.Morph, strength=0.5)
+    x, q = hybrids.make(points, codes, sources, model.decode, morph=morph, deform=deform,
+                        generator=generator)
     close(x.int(), saved["images"].int(), atol=1, rtol=0)
     close(saved["q"], q)
 
@@ -4751,9 +5323,15 @@ def steps_of(rows):
 # ---- what the pictures show -----------------------------------------------------------------
 
 def test_the_picture_of_a_vae_shows_its_history(seen):
-    history, model, data, *_ = seen.drawn["vae"]
+    history, model, *_ = seen.drawn["vae"]
     assert history == seen.files["vae"]["metrics"]["history"]
     assert same(model.state_dict(), seen.files["vae"]["model"])
+
+
+def test_the_picture_of_a_vae_shows_how_its_images_move(seen):
+    _, _, deform, images, *_ = seen.drawn["vae"]
+    assert deform.fields().items() >= {"strength": 0.5, "mirror": True}.items()
+    assert torch.equal(images, seen.data.images[seen.files["vae"]["rows"]])
 
 
 def test_the_map_shows_the_codes_and_the_calibrated_percentages(seen):
@@ -4773,14 +5351,14 @@ def test_the_reliability_that_is_drawn_is_that_of_the_file(seen):
 
 
 def test_the_gallery_shows_the_hybrids_of_the_file(seen):
-    x, q, _, _, classes = seen.drawn["hybrids"]
+    x, q, *_, classes = seen.drawn["hybrids"]
     assert torch.equal(x, seen.files["hybrids"]["images"])
     assert torch.equal(q, seen.files["hybrids"]["q"])
     assert classes == ANIMALS
 
 
 def test_the_walk_leads_from_an_image_to_one_of_another_class(seen):
-    _, _, strip, strip_q, _ = seen.drawn["hybrids"]
+    _, _, strip, strip_q, *_ = seen.drawn["hybrids"]
     ends = rows_among(strip[[0, -1]], seen.data.images)
     assert ends[0] == seen.files["vae"]["rows"][0]
     assert ends[1] in seen.files["vae"]["rows"]
@@ -4793,7 +5371,7 @@ def test_the_walk_leads_from_an_image_to_one_of_another_class(seen):
 def test_with_points_from_the_prior_the_walk_is_decoded_and_labelled_so(bare, monkeypatch):
     drawn = note_calls(monkeypatch, hybrids, "draw")
     saved = made_by(bare, "--strategy", "prior")
-    (_, _, strip, strip_q, _), _ = drawn[0]
+    (_, _, strip, strip_q, *_), _ = drawn[0]
     codes = latent.Codes.restore(read(bare / "latent.pt"))
     model = vae.VAE.restore(read(bare / "vae.pt"))
     generator = seeded()
@@ -4811,13 +5389,24 @@ def test_halfway_the_walk_is_decoded_and_both(seen):
 
 
 def test_halfway_a_picture_of_the_walk_is_mixed_not_cut(seen):
-    _, _, strip, _, _ = seen.drawn["hybrids"]
+    _, _, strip, *_ = seen.drawn["hybrids"]
     ends = rows_among(strip[[0, -1]], seen.data.images)
     x = seen.data.images[ends] / 255
     mu, _ = vae.encode_all(seen.model, seen.data.images[ends])
     middle = seen.model.decode(mu.mean(0, keepdim=True))
-    wanted = middle[0] + (x - seen.model.decode(mu)).mean(0)
+    lost = x - seen.model.decode(mu)
+    first, second = x.split(1)
+    meet = vae.Morph(first, second, strength=0.5)
+    moved = meet(*lost.split(1), torch.tensor([0]), torch.tensor([0.5]))
+    wanted = middle[0] + torch.cat(moved).mean(0)
     close(strip[4] / 255, wanted.clamp(0, 1), atol=0.02, rtol=0)
+
+
+def test_below_the_walk_its_first_image_moves(seen):
+    _, _, strip, _, moved, how, _ = seen.drawn["hybrids"]
+    close(moved[0], strip[0] / 255)
+    assert len(moved[1:].flatten(1).unique(dim=0)) == 8
+    assert how == "deformations of strength 0.5, mirrored or not"
 
 
 def test_the_confusion_that_is_drawn_is_that_of_test_images(seen):
@@ -4838,11 +5427,27 @@ def test_the_first_half_of_the_training_sees_hybrids_with_their_percentages(seen
         assert torch.equal(q, made["q"][where])
 
 
-def test_the_last_quarter_sees_real_images_with_their_labels(seen):
-    for x, q in seen.cnn.batches[30:]:
-        where = rows_among(x, seen.data.images)
+def test_real_images_are_moved_and_hybrids_are_as_they_are(seen):
+    batches = seen.cnn.batches[-len(seen.moved):]       # the others hold no real image
+    for (x, q), ((real, _), moved) in zip(batches, seen.moved):
+        first = len(x) - len(real)
+        assert (rows_among(x[:first], seen.files["hybrids"]["images"]) >= 0).all()
+        assert torch.equal(x[first:], moved)
+        where = rows_among(real, seen.data.images)
         assert torch.isin(where, seen.files["vae"]["rows"]).all()
-        assert torch.equal(q, one_hot(seen.data.labels[where]))
+        assert torch.equal(q[first:], one_hot(seen.data.labels[where]))
+
+
+def test_the_last_quarter_sees_real_images_alone(seen):
+    assert [len(real) for (real, _), _ in seen.moved[-10:]] == [64] * 10
+
+
+def test_images_are_moved_by_the_flows_of_the_file(seen):
+    flows = seen.files["hybrids"]["flows"]
+    known = {bytes_in(flow) for flow in flows}
+    used = torch.cat([flow for (_, flow), _ in seen.moved])
+    assert {bytes_in(flow) for flow in used.half()} <= known
+    assert len(used.flatten(1).unique(dim=0)) > 200
 
 
 def counts_of(images, fit):
@@ -5551,6 +6156,8 @@ def note_grid(tmp_path_factory, tiny, *words):
         noted.vaes = note_fits(patch, vae)
         fits = note_fits(patch, cnn)
         pools = note_calls(patch, hybrids, "make")
+        moves = note_calls(patch, cnn, "moving")
+        asked = note_deformations(patch)
         noted.scores = note_calls(patch, compare, "evaluate")
         facts = compared(out, "--dataset", tiny, "--sizes", 12, "--seeds", 1, "--seed", 3,
                          "--width", 4, "--latent-dim", 4, "--vae-steps", 20, "--no-amp",
@@ -5564,6 +6171,10 @@ def note_grid(tmp_path_factory, tiny, *words):
     mixed = [arm for arm in trained if compare.ARMS[arm].strategy]
     pools = [Pool(*arguments, *result) for arguments, result in pools]
     noted.pools = dict(zip(mixed, pools, strict=True))
+    # Every arm of hybrids that are deformed has flows for its real images.
+    deformed = [arm for arm in mixed if compare.ARMS[arm].deform]
+    noted.flows = {arm: flows for arm, ((flows,), _) in zip(deformed, moves, strict=True)}
+    noted.asked = asked
     return noted
 
 
@@ -5575,6 +6186,34 @@ class Pool(NamedTuple):
     decode: object
     x: torch.Tensor
     q: torch.Tensor
+
+
+class Noting(vae.Deformations):
+    """Deformations that note what they were made of, what they are given and what they do."""
+
+    def __init__(self, images, y, generator):
+        super().__init__(**deformations(0.5, False, *images.shape[2:]).fields())
+        self.images = images
+        self.y = y
+        self.seed = generator.initial_seed()
+        self.calls = []
+
+    def __call__(self, x, q, generator):
+        result = super().__call__(x, q, generator)
+        self.calls.append((x, *result))
+        return result
+
+
+def note_deformations(patch):
+    """Have all images move -> a list that grows: the deformations, which note their use."""
+    asked = []
+
+    def fit(images, y, generator):
+        asked.append(Noting(images, y, generator))
+        return asked[-1]
+
+    patch.setattr(vae.Deformations, "fit", fit)
+    return asked
 
 
 @pytest.fixture(scope="session")
@@ -5590,17 +6229,15 @@ def colour(tmp_path_factory):
     test, _ = easy(60, channels=3, seed=60)
     tiny = tmp_path_factory.mktemp("colour") / "tiny.npz"
     npz(tiny, x_train=RGB, x_test=test.numpy())
-    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--arms", "real", "real+hybrid",
-                     "augment+hybrid", "never cut", "always cut")
+    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--arms", "real", "elastic",
+                     "real+hybrid", "augment+hybrid", "undeformed hybrid",
+                     "cross-faded hybrid")
 
 
-NOT_AUGMENTED = [arm for arm in compare.ARMS
-                 if arm != "latent posterior" and not compare.ARMS[arm].change]
-CLEAN_IN_THE_END = [arm for arm in NOT_AUGMENTED if arm != "hybrid only"]
-WITH_HYBRIDS = [
-    "real+hybrid", "hybrid only", "prior hybrid", "weight labels", "density labels",
-    "no residual", "all decoded", "never cut", "always cut", "mixup density labels",
-    "reconstructions", "pseudo-labels"]
+DEFORMED = ["real+hybrid", "hybrid only", "cross-faded hybrid", "deformed images",
+            "weight labels", "density labels", "no residual"]
+UNDEFORMED = ["undeformed hybrid", "prior hybrid", "reconstructions", "pseudo-labels"]
+CLEAN_IN_THE_END = ["real", "mixup", "cutmix", "mixup+cutmix", *UNDEFORMED]
 
 
 def test_every_arm_was_compared(grey):
@@ -5640,7 +6277,7 @@ def test_real_sees_only_and_all_of_the_images_of_its_subset(grey):
     assert used == set(grey.subset.tolist())
 
 
-@pytest.mark.parametrize("arm", [*WITH_HYBRIDS, "augment+hybrid"])
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED, "augment+hybrid"])
 def test_a_hybrid_arm_gets_as_many_hybrids_as_its_training_takes_images(grey, arm):
     assert len(grey.pools[arm].x) == 8 * 64
     assert len(grey.pools[arm].q) == 8 * 64
@@ -5658,7 +6295,7 @@ def as_bytes(x):
     return (x * 255).round().byte()
 
 
-@pytest.mark.parametrize("arm", WITH_HYBRIDS)
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED])
 def test_in_its_first_half_a_hybrid_arm_sees_hybrids_with_their_percentages(grey, arm):
     made = set(pairs_of(grey.pools[arm].x, grey.pools[arm].q))
     batches = grey.fits[arm].batches
@@ -5682,8 +6319,8 @@ def test_hybrids_have_percentages_of_several_classes(grey):
 
 
 @pytest.mark.parametrize("arm", [
-    "hybrid only", "weight labels", "density labels", "no residual", "all decoded",
-    "never cut", "always cut", "mixup density labels"])
+    "hybrid only", "undeformed hybrid", "cross-faded hybrid", "weight labels",
+    "density labels", "no residual", "augment+hybrid"])
 def test_all_hybrid_arms_between_codes_have_the_same_points(grey, arm):
     wanted = grey.pools["real+hybrid"].points
     assert torch.equal(grey.pools[arm].points.z, wanted.z)
@@ -5705,7 +6342,7 @@ def test_points_of_the_prior_hybrid_arm_are_of_no_images(grey):
     assert points.z.std().item() == approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("arm", ["reconstructions", "pseudo-labels"])
+@pytest.mark.parametrize("arm", ["reconstructions", "pseudo-labels", "deformed images"])
 def test_points_about_one_code_have_its_label(grey, arm):
     pool = grey.pools[arm]
     assert torch.equal(pool.points.i, pool.points.j)
@@ -5716,41 +6353,137 @@ def test_points_about_one_code_have_its_label(grey, arm):
 @pytest.mark.parametrize("arm, rule", [
     ("real+hybrid", "product"), ("hybrid only", "product"), ("augment+hybrid", "product"),
     ("no residual", "product"), ("weight labels", "weight"), ("density labels", "density"),
-    ("mixup density labels", "density"), ("prior hybrid", "density")])
+    ("undeformed hybrid", "product"), ("cross-faded hybrid", "product"),
+    ("prior hybrid", "density")])
 def test_hybrids_of_an_arm_are_labelled_by_its_rule(grey, arm, rule):
     pool = grey.pools[arm]
     close(pool.q, hybrids.label(rule, pool.points, pool.codes))
 
 
-@pytest.mark.parametrize("arm", ["no residual", "prior hybrid", "reconstructions"])
+def before_they_moved(grey, arm):
+    """The hybrids of an arm as they were given to the deformations, as bytes."""
+    for x, moved, _ in grey.asked[0].calls:
+        if torch.equal(as_bytes(moved), grey.pools[arm].x):
+            return as_bytes(x)
+    raise AssertionError(f"{arm} was not deformed")
+
+
+@pytest.mark.parametrize("arm", ["prior hybrid", "reconstructions"])
 def test_an_arm_without_residual_shows_what_the_decoder_says(grey, arm):
     pool = grey.pools[arm]
     decoded = pool.decode(pool.points.z)
     assert torch.equal(pool.x, as_bytes(decoded))
 
 
-def mixed_as_pixels(pool):
-    """Which hybrids of two classes are but weighted means of two images, by halves."""
-    first = pool.images[pool.points.i] / 255
-    second = pool.images[pool.points.j] / 255
-    t = pool.points.t[:, None, None, None]
-    mixed = as_bytes(t * first + (1 - t) * second)
-    plain = (pool.x == mixed).flatten(1).all(1)
-    two = pool.codes.y[pool.points.i] != pool.codes.y[pool.points.j]
-    half = len(two) // 2
-    return plain[:half][two[:half]], plain[half:][two[half:]]
+def test_hybrids_without_residual_are_decoded_and_then_deformed(grey):
+    pool = grey.pools["no residual"]
+    decoded = pool.decode(pool.points.z)
+    assert torch.equal(before_they_moved(grey, "no residual"), as_bytes(decoded))
 
 
-@pytest.mark.parametrize("arm, before, after", [
-    ("real+hybrid", 0, 1),
-    ("never cut", 0, 1),
-    ("weight labels", 0, 1),
-    ("all decoded", 0, 0),
-    ("mixup density labels", 1, 1)])
-def test_of_the_hybrids_of_an_arm_so_much_is_mixed_as_pixels(grey, arm, before, after):
-    first, last = mixed_as_pixels(grey.pools[arm])
-    assert part_of(first) == approx(before, abs=0.1)
-    assert part_of(last) == approx(after, abs=0.1)
+def test_hybrids_are_morphs_before_they_are_deformed(grey):
+    pool = grey.pools["real+hybrid"]
+    morph = functools.partial(vae.Morph, strength=0.5)
+    morphed = hybrids.render(pool.points, pool.codes, pool.images, pool.decode, morph=morph)
+    assert torch.equal(before_they_moved(grey, "real+hybrid"), morphed)
+
+
+def test_undeformed_hybrids_are_neither_morphed_nor_deformed(grey):
+    pool = grey.pools["undeformed hybrid"]
+    plain = hybrids.render(pool.points, pool.codes, pool.images, pool.decode)
+    assert torch.equal(pool.x, plain)
+
+
+def test_cross_faded_hybrids_are_deformed_but_not_morphed(grey):
+    plain = grey.pools["undeformed hybrid"].x
+    assert torch.equal(before_they_moved(grey, "cross-faded hybrid"), plain)
+    assert not torch.equal(before_they_moved(grey, "real+hybrid"), plain)
+
+
+def test_deformed_images_are_images_of_the_subset_that_move(grey):
+    pool = grey.pools["deformed images"]
+    given = before_they_moved(grey, "deformed images")
+    assert torch.equal(given, pool.images[pool.points.i])
+    assert set(rows_among(given, grey.data.images).tolist()) == set(grey.subset.tolist())
+
+
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED, "augment+hybrid"])
+def test_percentages_of_hybrids_are_as_without_deformations(grey, arm):
+    pool = grey.pools[arm]
+    rule = compare.ARMS[arm].label
+    close(pool.q, hybrids.label(rule, pool.points, pool.codes))
+
+
+def test_an_arm_of_deformed_hybrids_has_a_thousand_flows_for_its_real_images(grey):
+    assert list(grey.flows) == [arm for arm in grey.fits if arm in DEFORMED]
+    wanted = grey.asked[0].repertoire(1000, seeded(3))
+    for arm, flows in grey.flows.items():
+        assert torch.equal(flows, wanted), arm
+
+
+def test_the_real_images_of_a_deformed_arm_are_moved_by_its_flows(grey):
+    x, q = grey.fits["real+hybrid"].batches[6]
+    images = grey.data.images[grey.subset]
+    seen = {}
+    for image, y in zip(images / 255, grey.data.labels[grey.subset]):
+        moved = vae.warp(image.expand(1000, -1, -1, -1), grey.flows["real+hybrid"])
+        seen.update(dict.fromkeys(map(bytes_in, as_bytes(moved)), int(y)))
+    for image, row in zip(as_bytes(x), q):
+        assert row[seen[bytes_in(image)]] == 1
+
+
+@pytest.mark.parametrize("arm", ["deform", "deform+mixup"])
+def test_all_batches_of_an_arm_deform_are_deformed(grey, arm):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    for x, _ in grey.fits[arm].batches:
+        assert id(x) in made
+
+
+def test_the_arm_deform_sees_the_images_of_its_subset_moved_and_no_other(grey):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    for x, q in grey.fits["deform"].batches:
+        where = rows_among(made[id(x)], grey.data.images)
+        assert torch.isin(where, grey.subset).all()
+        assert torch.equal(q, one_hot(grey.data.labels[where]))
+
+
+def test_the_arm_deform_with_mixup_mixes_first_and_moves_then(grey):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    batches = grey.fits["deform+mixup"].batches
+    assert part_of(rows_among(made[id(batches[0][0])], grey.data.images) < 0) > 0.8
+    weights = batches[0][1]
+    weights = weights[(weights > 0) & (weights < 1)]
+    assert weights.std().item() == approx(1 / 6, abs=0.05)      # of Beta(4, 4)
+    last = rows_among(made[id(batches[7][0])], grey.data.images)
+    assert torch.isin(last, grey.subset).all()
+
+
+@pytest.mark.parametrize("arm", [*CLEAN_IN_THE_END, "augment", "elastic", "augment+mixup",
+                                 "augment+hybrid"])
+def test_other_arms_are_not_deformed(grey, arm):
+    made = {id(moved) for _, moved, _ in grey.asked[0].calls}
+    assert not any(id(x) in made for x, _ in grey.fits[arm].batches)
+    assert arm not in grey.flows
+
+
+def test_the_deformations_of_a_subset_are_asked_of_its_images_and_of_no_other(grey):
+    deform, = grey.asked                # once, for all arms
+    assert torch.equal(deform.images, grey.data.images[grey.subset])
+    assert torch.equal(deform.y, grey.data.labels[grey.subset])
+    assert deform.seed == 3
+
+
+@pytest.mark.parametrize("arm, as_arm", [
+    ("real+hybrid", "undeformed hybrid"), ("cross-faded hybrid", "undeformed hybrid"),
+    ("deformed images", "pseudo-labels"), ("deform", "real"),
+    ("deform+mixup", "augment+mixup")])
+def test_where_nothing_moves_an_arm_is_trained_as_without(tmp_path, monkeypatch, arm, as_arm):
+    monkeypatch.setattr(vae.Deformations, "fit", found((0.0, False)))
+    monkeypatch.setattr(cnn, "augment", lambda x, q, generator: (x, q))
+    facts = compared(tmp_path, "--dataset", npz(tmp_path / "tiny.npz"), *STEMS["compare"],
+                     "--arms", arm, as_arm)
+    first, second = facts["rows"]
+    assert {**first, "arm": ""} == {**second, "arm": ""}
 
 
 def test_pseudo_labels_are_of_images_as_they_are(grey):
@@ -5759,22 +6492,17 @@ def test_pseudo_labels_are_of_images_as_they_are(grey):
 
 
 @pytest.mark.parametrize("channels, arm, wanted", [
-    (1, "real+hybrid", "never cut"), (3, "real+hybrid", "always cut"),
-    (3, "augment+hybrid", "never cut")])
+    (1, "undeformed hybrid", False), (1, "augment+hybrid", False),
+    (3, "undeformed hybrid", True), (3, "augment+hybrid", False)])
 def test_colour_is_cut_unless_augmented_and_grey_is_mixed(grey, colour, channels, arm, wanted):
-    pools = {1: grey.pools, 3: colour.pools}[channels]
-    other = {"never cut": "always cut", "always cut": "never cut"}[wanted]
-    assert torch.equal(pools[arm].x, pools[wanted].x)
-    assert not torch.equal(pools[arm].x, pools[other].x)
+    pool = {1: grey.pools, 3: colour.pools}[channels][arm]
+    assert is_cut(pool.x, pool.points, pool.images) == wanted
 
 
-def test_what_is_cut_is_of_one_image_or_the_other(grey):
-    pool = grey.pools["always cut"]
-    half = len(pool.x) // 2             # the last half is not decoded
-    made = pool.x[half:]
-    first = pool.images[pool.points.i[half:]]
-    second = pool.images[pool.points.j[half:]]
-    assert ((made == first) | (made == second)).all()
+def test_hybrids_of_colour_are_cut_and_deformed_but_not_morphed(colour):
+    cut = before_they_moved(colour, "real+hybrid")
+    assert torch.equal(cut, colour.pools["undeformed hybrid"].x)
+    assert torch.equal(cut, before_they_moved(colour, "cross-faded hybrid"))
 
 
 def test_mixup_shows_halves_of_two_images_of_the_subset(grey):
@@ -5809,14 +6537,27 @@ def test_mixup_of_augmented_images_has_random_weights(grey):
     assert weights.std().item() == approx(1 / 6, abs=0.02)      # of Beta(4, 4)
 
 
-@pytest.mark.parametrize("arm", ["augment", "augment+mixup", "augment+hybrid"])
+@pytest.mark.parametrize("arm", ["augment", "augment+mixup", "augment+hybrid", "elastic"])
 def test_an_augmented_arm_never_sees_an_image_as_it_is(grey, arm):
     assert rows_used(grey.fits[arm], grey.data.images) == {-1}
 
 
-def test_the_arm_augment_keeps_the_labels(grey):
-    for _, q in grey.fits["augment"].batches:
+@pytest.mark.parametrize("arm", ["augment", "elastic", "deform"])
+def test_an_arm_that_changes_images_keeps_their_labels(grey, arm):
+    for _, q in grey.fits[arm].batches:
         assert set(q.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("channels, transform", [(1, cnn.elastic), (3, cnn.flip_crop)])
+def test_the_arm_elastic_bends_grey_images_and_mirrors_those_of_colour(grey, colour, channels,
+                                                                      transform):
+    noted = {1: grey, 3: colour}[channels]
+    generator = seeded(3)
+    images = noted.data.images[noted.subset]
+    plain = cnn.batches((images, one_hot(noted.data.labels[noted.subset])), 64)
+    x, q = noted.fits["elastic"].batches[0]
+    wanted, _ = transform(*plain(generator, 0), generator)
+    assert torch.equal(x, wanted)
 
 
 def test_hybrids_are_augmented_where_the_arm_says_so(grey):
@@ -5837,32 +6578,10 @@ def test_the_vae_of_a_subset_sees_its_images_and_no_other(grey):
     assert used == set(grey.subset.tolist())
 
 
-def test_the_vae_of_augmented_hybrids_sees_nine_views_of_each_image_too(grey):
-    x = as_bytes(torch.cat(grey.vaes[1].batches))
-    assert len({bytes_in(image) for image in x}) == 12 * (1 + 9)
-    used = rows_used(grey.vaes[1], grey.data.images)
-    assert used == {-1, *grey.subset.tolist()}
-
-
-def test_a_view_is_augmented_and_has_the_label_of_its_image(grey):
-    pool = grey.pools["augment+hybrid"]
-    images = grey.data.images[grey.subset]
-    assert torch.equal(pool.codes.y, grey.data.labels[grey.subset].repeat(10))
-    assert torch.equal(pool.images[:12], images)
-    view, _ = cnn.augment(images / 255, None, seeded(3))
-    assert torch.equal(pool.images[12:24], as_bytes(view))
-
-
-def test_hybrids_of_colour_images_have_no_augmented_views(colour):
-    fit, = colour.vaes
-    assert rows_used(fit, colour.data.images) == set(colour.subset.tolist())
-    assert colour.rows["augment+hybrid"]["sources"] == 12
-
-
-def test_the_arms_of_a_subset_share_their_vaes(grey):
-    assert len(grey.vaes) == 2          # one of them for augment+hybrid
-    for arm in ("hybrid only", "weight labels", "pseudo-labels"):
-        assert grey.pools[arm].codes is grey.pools["real+hybrid"].codes
+def test_the_arms_of_a_subset_share_their_vae(grey):
+    assert len(grey.vaes) == 1
+    for pool in grey.pools.values():
+        assert pool.codes is grey.pools["real+hybrid"].codes
 
 
 def test_the_vae_of_a_subset_is_trained_by_its_settings(grey):
@@ -5886,8 +6605,8 @@ def test_codes_and_percentages_are_those_of_the_vae(grey):
 
 
 def test_sources_says_how_many_images_hybrids_were_made_of(grey):
-    for arm, row in grey.rows.items():
-        assert row["sources"] == (120 if arm == "augment+hybrid" else 12), arm
+    for row in grey.rows.values():
+        assert row["sources"] == 12
 
 
 def test_amp_and_weight_decay_reach_every_training(tmp_path, monkeypatch):
@@ -5939,7 +6658,7 @@ def test_a_vae_of_all_images_takes_more_steps(words, steps):
 def test_a_pool_holds_at_most_50_000_hybrids(monkeypatch, tmp_path):
     counts = []
 
-    def pool(source, arm, count, seed):
+    def pool(source, arm, count, deform, seed):
         counts.append(count)
 
     monkeypatch.setattr(compare.Source, "pool", pool)
@@ -6007,8 +6726,9 @@ def test_all_hybrid_arms_have_those_images(semi, arm):
     assert semi.rows["real"]["sources"] == 12
 
 
-def test_an_augmented_arm_has_no_vae_of_its_own_there(semi):
-    assert semi.pools["augment+hybrid"].codes is semi.pools["real+hybrid"].codes
+def test_the_labelled_images_alone_say_there_how_images_move(semi):
+    deform, = semi.asked
+    assert torch.equal(deform.images, semi.data.images[semi.subset])
 
 
 def test_the_classifier_sees_labelled_images_only(semi):
@@ -6104,12 +6824,14 @@ def test_every_averaged_figure_is_the_mean_over_the_subsets(grid):
 def test_hybrids_are_held_against_every_arm_without_them(grey):
     facts = json.loads((grey.out / "compare.json").read_text())
     against = facts["hybrids_against"]
-    assert set(against) >= {"real", "augment", "mixup", "cutmix", "augment+mixup"}
+    assert set(against) >= {"real", "augment", "elastic", "mixup", "cutmix", "augment+mixup",
+                            "deform", "deform+mixup", "deformed images"}
     assert not any("hybrid" in base for base in against)
     accuracy = {arm: row["accuracy"] for arm, row in grey.rows.items()}
     for base, entries in against.items():
         assert [entry["arm"] for entry in entries] == [
-            "real+hybrid", "hybrid only", "prior hybrid", "augment+hybrid"]
+            "real+hybrid", "hybrid only", "prior hybrid", "augment+hybrid",
+            "undeformed hybrid", "cross-faded hybrid"]
         for entry in entries:
             wanted = 100 * (accuracy[entry["arm"]] - accuracy[base])
             assert entry["gain"] == approx(wanted)
