@@ -3,9 +3,9 @@
     python -m pytest -q test_all.py
 
 In this order: the percentages, hybrids, augmentations, deformations, scores, training, a GPU;
-data sets and pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files and
-signals. The maths is held against torch.distributions, closed forms and brute force, never
-against itself.
+data sets and pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files
+and signals. The maths is held against torch.distributions, closed forms and brute force,
+never against itself.
 """
 import contextlib
 import csv
@@ -1302,7 +1302,7 @@ def test_colour_is_not_morphed():
     assert made == []
 
 
-def negative(x, q, generator):
+def as_negative(x, q, generator):
     """In place of deformations: float images in [0,1] become their negative."""
     assert x.is_floating_point()
     return 1 - x, 2 * q
@@ -1315,7 +1315,7 @@ def test_every_hybrid_is_deformed_last_and_keeps_its_percentages(strategy, batch
     images, _ = easy(90)
     how = {"rule": "density", "batch": batch}
     x, q = hybrids.make(points, known, images, decoder(), **how)
-    moved, moved_q = hybrids.make(points, known, images, decoder(), deform=negative, **how)
+    moved, moved_q = hybrids.make(points, known, images, decoder(), deform=as_negative, **how)
     assert torch.equal(moved, 255 - x)
     assert torch.equal(moved_q, q)
 
@@ -1428,7 +1428,7 @@ def test_a_mixer_told_not_to_cut_mixes_colour():
 
 def test_a_mixer_deforms_last_and_leaves_the_percentages():
     made, q = mixer_of(decoder())(*shades())
-    moved, moved_q = mixer_of(decoder(), deform=negative)(*shades())
+    moved, moved_q = mixer_of(decoder(), deform=as_negative)(*shades())
     close(moved, 1 - made)
     assert torch.equal(moved_q, q)
 
@@ -1995,7 +1995,8 @@ def test_a_flow_has_the_displacement_of_a_node_where_the_node_is():
     close(flow[0, ::4, ::5], nodes * torch.tensor([10.5, 8.5]))
 
 
-@pytest.mark.parametrize("part, better, most", [(affine_part, 30, 0.1), (bending_part, 2, 0.7)])
+@pytest.mark.parametrize("part, better, most", [
+    (affine_part, 30, 0.1), (bending_part, 2, 0.7)])
 def test_registration_finds_a_known_flow(part, better, most):
     moving = blobs(8, 20, 24)
     true = vae.flow_of(part(8), 20, 24)
@@ -3701,7 +3702,7 @@ def test_hybrids_work_alone(alone, strategy):
     points = hybrids.sample(strategy, 10, known, seeded())
     rule = "density" if strategy == "prior" else "product"
     images = torch.zeros(6, 1, 16, 16).byte()
-    x, q = hybrids.make(points, known, images, black, rule=rule, deform=negative,
+    x, q = hybrids.make(points, known, images, black, rule=rule, deform=as_negative,
                         morph=stand_ins()[0], generator=seeded())
     assert x.shape == (10, 1, 16, 16)
     close(q.sum(1), torch.ones(10))
@@ -5354,6 +5355,30 @@ def test_the_flags_of_the_vae_reach_its_training(bare, monkeypatch):
     assert fit.model.config["latent_dim"] == 3
 
 
+def test_vae_pt_holds_how_its_images_move(seen):
+    saved = seen.files["vae"]
+    wanted = deformations(0.5, True)
+    again = vae.Deformations.restore(saved)
+    assert torch.equal(again.sample(5, seeded()), wanted.sample(5, seeded()))
+    assert again.mirror is True
+    assert saved["metrics"].items() >= {"strength": 0.5, "mirror": True}.items()
+    assert saved["metrics"]["proof"] == [
+        {"strength": 0.0, "mirror": False, "nll": 0.7},
+        {"strength": 0.5, "mirror": True, "nll": 0.6}]
+
+
+def test_the_images_of_a_vae_are_asked_how_they_move(bare):
+    tiny = npz(bare / "tiny.npz")
+    words = ["--dataset", tiny, *STEMS["vae"], "--images", 24, "--seed", 4]
+    assert run("vae", "-o", bare, *words) == 0
+    saved = read(bare / "vae.pt")
+    data = data_of(bare)
+    rows = saved["rows"]
+    wanted = TRUE_FIT(data.images[rows], data.labels[rows], seeded(4))
+    close(saved["deformations"]["directions"], wanted.directions)
+    assert saved["metrics"]["proof"] == wanted.table()
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_the_elbo_of_a_vae_is_that_of_the_images_it_names(seen, part):
     saved = seen.files["vae"]
@@ -5466,6 +5491,50 @@ def test_hybrids_are_those_of_the_codes_and_the_seed(seen):
                         generator=generator)
     close(x.int(), saved["images"].int(), atol=1, rtol=0)
     close(saved["q"], q)
+
+
+def test_the_flows_of_real_images_are_a_thousand_of_those_deformations(seen):
+    flows = seen.files["hybrids"]["flows"]
+    assert flows.shape == (1000, 16, 16, 2)
+    basis = deformations(0.5, True).flow(torch.eye(3)).flatten(1)
+    unturned = (flows - vae.mirror_flow(16, 16)).flip(2)
+    misses = []
+    for part in (flows.float(), unturned):
+        part = part.flatten(1)
+        weights = torch.linalg.lstsq(basis.T, part.T).solution
+        misses.append((part - weights.T @ basis).norm(dim=1))
+    straight, mirrored = torch.stack(misses) < 0.1
+    assert (straight ^ mirrored).all()
+    assert part_of(mirrored) == approx(0.5, abs=0.06)
+    assert part_of((flows == 0).flatten(1).all(1)) == approx(0.25, abs=0.05)
+
+
+@pytest.fixture
+def lively(bare):
+    """One's own copy of a folder whose vae.pt says that images move."""
+    change(bare / "vae.pt", "deformations", lambda fields: deformations(0.5).fields())
+    assert run("latent", "-o", bare) == 0
+    return bare
+
+
+def test_hybrids_move_as_vae_pt_says_and_not_with_no_deform(lively):
+    moved = made_by(lively)
+    still = made_by(lively, "--no-deform")
+    change(lively / "vae.pt", "deformations", lambda fields: deformations(0.0).fields())
+    assert run("latent", "-o", lively) == 0
+    without = made_by(lively)
+    assert torch.equal(still["images"], without["images"])
+    assert not torch.equal(moved["images"], without["images"])
+    assert torch.equal(moved["z"], without["z"])
+    assert torch.equal(still["flows"], torch.zeros(1, 16, 16, 2).half())
+    assert torch.equal(without["flows"], still["flows"])
+
+
+def test_with_no_deform_the_classifier_sees_real_images_as_they_are(lively, monkeypatch):
+    made_by(lively, "--no-deform")
+    fit = cnn_fit_of(lively, monkeypatch, "--steps", 4, "--hybrid-fraction", 0.25)
+    data = data_of(lively)
+    assert counts_of(data.images, fit) == approx([48] * 4, abs=2)
 
 
 def test_their_percentages_move_by_what_the_made_images_say(seen):
