@@ -29,11 +29,12 @@ endif
 IMAGES := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE)
 COMMON := $(IMAGES) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
-MAIN   := real augment mixup real+hybrid 'hybrid only' 'prior hybrid' augment+mixup augment+hybrid
-CHECKS := real mixup real+hybrid cutmix mixup+cutmix 'hybrid only' 'prior hybrid' \
-          'weight labels' 'density labels' 'no residual' 'all decoded' 'mixup density labels' \
-          reconstructions 'latent posterior'
-LABELS := real mixup real+hybrid pseudo-labels 'mixup density labels' 'latent posterior'
+MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybrid \
+          'undeformed hybrid' augment+mixup augment+hybrid
+CHECKS := real mixup cutmix mixup+cutmix deform 'deformed images' 'undeformed hybrid' \
+          'cross-faded hybrid' real+hybrid 'weight labels' 'density labels' 'no residual' \
+          'hybrid only' 'prior hybrid' reconstructions 'latent posterior'
+LABELS := real mixup deform 'latent posterior' pseudo-labels real+hybrid
 STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
@@ -94,11 +95,10 @@ test-slow: $(TESTED)
 bench: $(TESTED)
 	$(PYTHON) assets/bench.py
 
-# Hours: the main arms on 10 subsets, the far sizes on 6, the controls, the regime of few labels and
-# many images. It goes on where it stopped.
+# Hours: the main arms on 10 subsets, the controls on 6, the regime of few labels and many images.
+# It goes on where it stopped.
 evidence: $(READY)
-	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 100 300 1000 --seeds 10 --arms $(MAIN)
-	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/far --sizes 50 3000 --seeds 6 --arms $(MAIN)
+	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/evidence --sizes 50 100 300 1000 --seeds 10 --arms $(MAIN)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
 	$(PYTHON) compare.py $(IMAGES) -o $(OUT)/all --sizes 50 100 --seeds 6 --vae-data all \
 	  --arms $(LABELS)

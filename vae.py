@@ -218,6 +218,7 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
 # ---- deformations: how images of one class move into each other -----------------------------
 
 NODES = 5                               # a side of the grid that bends a flow
+LEVELS = ((2, 1.25), (2, 0.75), (1, 0.8))       # of registration: side of a pixel, then a blur
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -244,18 +245,21 @@ class Deformations:
     def fit(cls, images, y, generator, most=1000):
         """From images (N,C,H,W) as of `as_input` and labels y (N,), at most so many of them.
 
-        Strength and mirroring are those under which held-out images are predicted best:
-        `proof`. Without two images of one class nothing moves.
+        The strength is the one under which held-out images are predicted best (`proof`);
+        mirror images are allowed if they predict better by two standard errors. Without two
+        images of one class nothing moves.
         """
         rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
-        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
+        x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
         y = y[rows].long()
         i, j = same_class_pairs(y, generator)
         v = register(x[i], x[j])
-        nll = proof(x, y, i, j, v, generator)
-        mirror = nll[0.0, True] < nll[0.0, False]
-        strength = min(STRENGTHS, key=lambda s: nll[s, False])
-        return cls(square_root(v), *images.shape[2:], strength, mirror, nll)
+        losses = proof(x, y, i, j, v, generator)
+        nll = losses.mean(0).tolist()
+        _, strength = min(zip(nll, STRENGTHS))          # the last choice is to mirror
+        gain = losses[:, 0] - losses[:, -1]
+        mirror = gain.mean() > 2 * gain.std(correction=0) / len(gain) ** 0.5
+        return cls(square_root(v), *images.shape[2:], strength, bool(mirror), nll)
 
     @classmethod
     def restore(cls, saved: dict, device="cpu"):
@@ -274,11 +278,6 @@ class Deformations:
         if self.strength > 0:
             return f"deformations of strength {self.strength:g}{mirrored}"
         return f"no deformations{mirrored}"
-
-    def table(self) -> list:
-        """What `proof` said, for a file."""
-        return [{"strength": strength, "mirror": mirror, "nll": nll}
-                for (strength, mirror), nll in self.nll.items()]
 
     def moves(self) -> bool:
         """Does it change any image?"""
@@ -374,25 +373,40 @@ def register(target, moving, steps=60):
     """Coefficients v (B,2,28) of flows with warp(moving, flow_of(v, H, W)) close to target.
 
     target, moving (B,C,H,W), float. All pairs at once, from coarse to fine, by Adam on the
-    mean square of the difference, and what holds the affine part and the bending back.
+    mean square of the difference and what holds the flow back, `stiffness`.
     """
+    target = small(target)
+    moving = small(moving)
     v = torch.zeros(len(target), 2, 3 + NODES ** 2, device=target.device, requires_grad=True)
-    optimiser = torch.optim.Adam([v], 0.03, betas=(0.9, 0.99))
-    levels = ((2, 1.25), (2, 0.75), (1, 0.8))           # pixels that become one, and blur
-    for step in range(steps):
-        level = 3 * step // steps
-        if step == 0 or level > 3 * (step - 1) // steps:
-            scale, sigma = levels[level]
-            source = blur(F.avg_pool2d(moving, scale), sigma)
-            goal = blur(F.avg_pool2d(target, scale), sigma)
-        for group in optimiser.param_groups:
-            group["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
-        seen = warp(source, flow_of(v, *source.shape[2:]))
-        error = (seen - goal).square().mean((1, 2, 3))
-        loss = (error + stiffness(v)).sum()             # the pairs have nothing in common
-        v.grad, = torch.autograd.grad(loss, [v])
-        optimiser.step()
+    optimiser = torch.optim.Adam([v], betas=(0.9, 0.99))
+    step = 0
+    for scale, sigma in LEVELS:
+        source = blur(F.avg_pool2d(moving, scale), sigma)
+        goal = blur(F.avg_pool2d(target, scale), sigma)
+        for _ in range(steps // len(LEVELS)):
+            for group in optimiser.param_groups:
+                group["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
+            seen = warp(source, flow_of(v, *source.shape[2:]))
+            error = (seen - goal).square().mean((1, 2, 3))
+            optimiser.zero_grad()
+            (error + stiffness(v)).sum().backward()     # the pairs have nothing in common
+            optimiser.step()
+            step += 1
     return v.detach()
+
+
+def small(x):
+    """x (B,C,H,W) with at most 32 pixels a side: flows are as smooth in fewer pixels."""
+    return F.avg_pool2d(x, math.ceil(max(x.shape[2:]) / 32))
+
+
+def stiffness(v):
+    """What a flow costs (B,): the square of its affine map, the differences in its grid."""
+    affine = v[:, :, :3].square().sum((1, 2))
+    grid = v[:, :, 3:].unflatten(2, (NODES, NODES))
+    across = grid.diff(dim=2).square().mean((1, 2, 3))
+    along = grid.diff(dim=3).square().mean((1, 2, 3))
+    return 0.02 * affine + 0.6 * (across + along)
 
 
 class Morph:
@@ -419,14 +433,6 @@ class Morph:
         return warp(first, (t - 1) * flow), warp(second, t * flow)
 
 
-def stiffness(v):
-    """What a flow costs (B,): the square of its affine map, the differences in its grid."""
-    grid = v[:, :, 3:].unflatten(2, (NODES, NODES))
-    across = grid.diff(dim=2).square().mean((1, 2, 3))
-    along = grid.diff(dim=3).square().mean((1, 2, 3))
-    return 0.02 * v[:, :, :3].square().sum((1, 2)) + 0.6 * (across + along)
-
-
 def square_root(v):
     """B (56,56) of coefficients v (P,2,28): B w, w ~ N(0, I), has their second moments about
     the mean. Its columns are the principal directions, the widest first.
@@ -450,35 +456,44 @@ def same_class_pairs(y, generator, each=10, most=3000):
     return i[kept], j[kept]
 
 
-def proof(x, y, i, j, v, generator, splits=10, views=10, most=150):
-    """How well half of the images, deformed, predicts the other: {(strength, mirror): NLL}.
+def proof(x, y, i, j, v, generator, splits=10, most=150):
+    """How well does half of the images, deformed, predict the other half?
 
-    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. Of each half only flows of pairs
-    inside it count. Mean over random halves, each both ways, with the same random numbers
-    for every choice, in nats per image; zeros where no half has a pair.
+    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. -> NLL in nats per image, a row
+    for each of random halves, a column for each of STRENGTHS, and the last for mirror images
+    without a flow. Of a half only flows of pairs inside it count, and `most` images.
     """
     choices = [(strength, False) for strength in STRENGTHS] + [(0.0, True)]
-    sums = torch.zeros(len(choices))
-    count = 0
     x = blur(x, 1)                      # the neighbour a pixel further counts, too
+    rows = []
     for _ in range(splits):
         first = random_half(y, generator)
         for half in (first, ~first):
             inside = half[i] & half[j]
-            if not inside.any():
-                continue
-            known = half.nonzero()[:, 0][:most]
-            asked = (~half).nonzero()[:, 0][:most]
-            directions = square_root(v[inside])
-            copies = known.repeat(views)
-            state = generator.get_state()
-            for k, choice in enumerate(choices):
-                generator.set_state(state)
-                deform = Deformations(directions, *x.shape[2:], *choice)
-                seen, _ = deform(x[copies], None, generator)
-                sums[k] += kernel_nll(seen, y[copies], x[asked], y[asked])
-            count += 1
-    return dict(zip(choices, (sums / max(count, 1)).tolist()))
+            if inside.any():
+                known = half.nonzero()[:most, 0]
+                asked = (~half).nonzero()[:most, 0]
+                directions = square_root(v[inside])
+                rows.append(held_out_nll(x, y, known, asked, directions, choices, generator))
+    if not rows:                        # no half has a pair
+        rows = [[0.0] * len(choices)]
+    return torch.tensor(rows)
+
+
+def held_out_nll(x, y, known, asked, directions, choices, generator, copies=10):
+    """NLL of `asked` images, predicted from deformed copies of `known` ones, by choice.
+
+    The random numbers are the same for each, so that only the choice makes a difference.
+    """
+    rows = known.repeat(copies)
+    state = generator.get_state()
+    losses = []
+    for choice in choices:
+        generator.set_state(state)
+        deform = Deformations(directions, *x.shape[2:], *choice)
+        seen, _ = deform(x[rows], None, generator)
+        losses.append(kernel_nll(seen, y[rows], x[asked], y[asked]))
+    return losses
 
 
 def random_half(y, generator):
@@ -597,9 +612,10 @@ def command(run, args):
 
     fresh = torch.Generator(run.device).manual_seed(args.seed)
     deform = Deformations.fit(images, labels, fresh)
-    metrics = {"train": score(images), "test": score(data.test_images),
-               "strength": deform.strength, "mirror": deform.mirror,
-               "proof": deform.table(), "history": last.history}
+    *nll, mirrored = deform.nll
+    tried = {"strengths": STRENGTHS, "nll": nll, "nll_mirrored": mirrored}
+    metrics = {"train": score(images), "test": score(data.test_images), "proof": tried,
+               "strength": deform.strength, "mirror": deform.mirror, "history": last.history}
     common.write(run.out / "vae.png", draw(last.history, model, deform, images, data, run.amp,
                                            generator))
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
@@ -607,7 +623,7 @@ def command(run, args):
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
-    print(f"{deform.words()}: how well they predict held-out images decided so")
+    print(f"what an image may become: {deform.words()}, as held-out images decided")
     if metrics["test"]["kl"] < 0.1:
         print("the latent space has collapsed: KL below 0.1 nats; "
               "lower --beta, or train longer")

@@ -34,8 +34,8 @@ import common       # noqa: E402
 import latent       # noqa: E402
 import vae          # noqa: E402
 
-SCRIPTS = ("vae.py", "latent.py", "hybrids.py", "cnn.py")
-TICKS = {"seconds": (2, 5, 10, 20, 50), "mebibytes": (800, 1000, 1200, 1500)}
+SCRIPTS = ("vae.py", "latent.py", "hybrids.py", "cnn.py", "compare.py")
+TICKS = {"seconds": (2, 5, 10, 20, 50, 100), "mebibytes": (800, 1000, 1200, 1500)}
 
 
 # ---- ours -----------------------------------------------------------------------------------
@@ -237,7 +237,9 @@ def make_set(folder, data, count, classes):
 
 
 def chain_cost(folder, path, latent_dim, threads):
-    """{script: seconds and peak memory (MiB)} of the four steps, with their default flags."""
+    """{script: seconds and peak memory (MiB)} of the five steps, with their default flags; the
+    comparison is of one subset of 900 images, in a process of one thread.
+    """
     out = folder / f"{path.stem}-{latent_dim}"
     costs = {}
     for script in SCRIPTS:
@@ -245,6 +247,8 @@ def chain_cost(folder, path, latent_dim, threads):
                  "--threads", str(threads)]
         if script == "vae.py":
             words += ["--dataset", str(path), "--latent-dim", str(latent_dim)]
+        if script == "compare.py":
+            words += ["--sizes", "900", "--seeds", "1", "--latent-dim", str(latent_dim)]
         start = time.perf_counter()
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -296,7 +300,7 @@ def draw_scaling(rows):
                 costs = [row["costs"][script][what] for row in part]
                 label = f"{script}, slope {slope(part, script, what):.2f}"
                 axes.plot(values, costs, marker=common.MARKERS[k], color=common.COLOURS[k],
-                          ls=("-", "--", ":", "-.")[k], label=label)
+                          ls=("-", "--", ":", "-.", "-")[k], label=label)
             axes.set_xscale("log", subs=[])
             axes.set_yscale("log", subs=[])
             axes.set_xticks(values, [f"{value:,}" for value in values])
