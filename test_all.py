@@ -2346,7 +2346,9 @@ def test_half_of_a_repertoire_mirrors_where_a_mirror_makes_others_of_their_kind(
     mirrored = (seen - straight.flip(3)).flatten(1).abs().amax(1) < 1e-4
     unturned = (seen - straight).flatten(1).abs().amax(1) < 1e-4
     assert (mirrored ^ unturned).all()
-    assert part_of(mirrored) == approx(0.5, abs=0.1)
+    still = (plain == 0).flatten(1).all(1)
+    for part in (mirrored[still], mirrored[~still]):
+        assert part_of(part) == approx(0.5, abs=0.15)
 
 
 def test_a_classifier_sees_mirrored_images_through_a_mirroring_repertoire():
