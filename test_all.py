@@ -2,9 +2,10 @@
 
     python -m pytest -q test_all.py
 
-In this order: the percentages, hybrids, augmentations, scores, training, a GPU; data sets and
-pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files and signals. The
-maths is held against torch.distributions, closed forms and brute force, never against itself.
+In this order: the percentages, hybrids, augmentations, deformations, scores, training, a GPU;
+data sets and pictures; the scripts, the comparison, ranks, make, the pages; mistakes, files
+and signals. The maths is held against torch.distributions, closed forms and brute force,
+never against itself.
 """
 import contextlib
 import csv
@@ -181,6 +182,39 @@ def same(a, b):
 
 def unfinished(folder):
     return [file for file in folder.rglob("*") if ".tmp" in file.name]
+
+
+TRUE_FIT = vae.Deformations.fit
+
+
+def deformations(strength=0.5, mirror=False, height=16, width=16):
+    """Some that move every part of an image, as if they had been learned."""
+    directions = 0.1 * noise(56, 3)
+    nll = [0.7, 0.65, 0.6, 0.64, 0.68, 0.5]
+    return vae.Deformations(directions, height, width, strength, mirror, nll)
+
+
+def found(result):
+    """In place of Deformations.fit: every set of images says that it moves like this."""
+    def fit(images, y, generator):
+        return deformations(*result, *images.shape[2:])
+
+    return fit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def still():
+    """In this process many images are not asked how they move: it takes longest of all."""
+    not_at_all = found((0.0, False))
+
+    def fit(images, y, generator):
+        if len(images) > 50:
+            return not_at_all(images, y, generator)
+        return TRUE_FIT(images, y, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae.Deformations, "fit", fit)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -834,9 +868,8 @@ def test_points_around_codes_have_the_width_of_their_image():
     assert (points.t == 1).all()
 
 
-@pytest.mark.parametrize("strategy", ["between", "same", "boundary"])
-def test_points_lie_on_the_line_of_their_two_codes(strategy):
-    known, points = points_between(4000, strategy)
+def test_points_lie_on_the_line_of_their_two_codes():
+    known, points = points_between(4000)
     t = points.t[:, None]
     first = known.mu[points.i]
     second = known.mu[points.j]
@@ -844,58 +877,41 @@ def test_points_lie_on_the_line_of_their_two_codes(strategy):
     assert 0 <= points.t.min() and points.t.max() <= 1
 
 
-@pytest.mark.parametrize("strategy, share", [("same", 1), ("between", 0.3), ("boundary", 0)])
-def test_so_many_pairs_are_of_one_class(strategy, share):
-    known, points = points_between(4000, strategy)
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_so_many_pairs_are_of_one_class(share):
+    known = known_codes()
+    points = hybrids.sample("between", 2000, known, seeded(), same=share)
     alike = known.y[points.i] == known.y[points.j]
-    tolerance = 0.03 if strategy == "between" else 0
-    assert alike.float().mean() == approx(share, abs=tolerance)
+    assert part_of(alike) == approx(share, abs=0.03 * (0 < share < 1))
 
 
-@pytest.mark.parametrize("strategy", ["between", "same"])
-def test_weights_are_those_of_a_beta_of_four(strategy):
-    _, points = points_between(4000, strategy)
+def test_unless_told_otherwise_three_tenths_of_the_pairs_are_of_one_class():
+    known, points = points_between(2000)
+    told = hybrids.sample("between", 2000, known, seeded(), same=0.3)
+    assert torch.equal(points.j, told.j)
+
+
+@pytest.mark.parametrize("count, lines", [(50, 50), (2000, 2000), (4500, 2000)])
+def test_there_are_at_most_two_thousand_lines_all_over_the_points(count, lines):
+    _, points = points_between(count)
+    pairs = torch.stack([points.i, points.j], 1)
+    assert torch.equal(pairs, pairs[:lines].repeat(3, 1)[:count])
+    assert len(points.t.unique()) > 0.99 * count        # each with a weight of its own
+
+
+def test_weights_are_those_of_a_beta_of_four():
+    _, points = points_between(4000)
     assert points.t.mean() == approx(0.5, abs=0.01)
     assert points.t.var() == approx(1 / 36, rel=0.1)
 
 
-def test_boundary_draws_evenly_along_the_lines():
-    known = known_codes()._replace(posterior=Certain())
-    points = hybrids.sample("boundary", 4000, known, seeded())
-    assert points.t.mean() == approx(0.5, abs=0.03)
-    assert points.t.var() == approx(1 / 12, rel=0.1)
-
-
-class Certain:
-    """A posterior of the same percentages everywhere: none is nearer to a boundary."""
-
-    def __call__(self, z):
-        return torch.tensor([0.9, 0.1, 0.0]).expand(len(z), 3)
-
-
-@pytest.mark.parametrize("strategy", ["between", "same", "around"])
+@pytest.mark.parametrize("strategy", ["between", "around"])
 def test_every_code_is_as_often_the_first_of_a_pair(strategy):
-    _, points = points_between(9000, strategy)
-    often = points.i.bincount(minlength=90)
+    often = 0
+    for seed in range(5):               # of more points the pairs repeat
+        points = hybrids.sample(strategy, 1800, known_codes(), seeded(seed))
+        often = often + points.i.bincount(minlength=90)
     assert (often - 100).abs().max() < 45
-
-
-def test_boundary_spreads_the_top_percentage_evenly_above_one_half():
-    known = known_codes(classes=5)
-    known.posterior.temperature = 0.3
-    points = hybrids.sample("boundary", 5000, known, seeded())
-    top = known.posterior(points.z).amax(1)
-    assert top.min() >= 0.5
-    often = top.histc(10, 0.5, 1)
-    assert (often - 500).abs().max() < 150
-
-
-def test_boundary_takes_any_points_where_none_is_certain():
-    known = known_codes()
-    known.posterior.temperature = 1e6   # all percentages are the priors
-    known.posterior.prior = torch.full((3,), 1 / 3)
-    points = hybrids.sample("boundary", 50, known, seeded())
-    assert len(points.z.unique(dim=0)) > 30
 
 
 @pytest.mark.parametrize("same_class", [True, False])
@@ -953,7 +969,7 @@ def test_labels_have_a_column_for_every_class(rule):
     posterior = latent.Aggregate.fit(mu, logvar, y, 5)      # two classes have no codes
     known = latent.Codes(mu, logvar, y, posterior)
     points = hybrids.sample("between", 20, known, seeded())
-    q = hybrids.label(rule, points, known, seeded())
+    q = hybrids.label(rule, points, known)
     assert q.shape == (20, 5)
     assert (q[:, 3:] == 0).all()
 
@@ -987,22 +1003,6 @@ def test_a_density_label_is_the_posterior():
     known, points = points_between()
     q = hybrids.label("density", points, known)
     assert torch.equal(q, known.posterior(points.z))
-
-
-def test_an_argmax_label_is_the_likeliest_class():
-    known, points = points_between()
-    likeliest = known.posterior(points.z).argmax(1)
-    q = hybrids.label("argmax", points, known)
-    assert torch.equal(q, F.one_hot(likeliest, 3).float())
-
-
-def test_sampled_labels_are_hard_and_as_frequent_as_the_density_says():
-    known, points = points_between(4000)
-    q = hybrids.label("sampled", points, known, seeded())
-    assert set(q.unique().tolist()) == {0, 1}
-    assert (q.sum(1) == 1).all()
-    density = known.posterior(points.z)
-    close(q.mean(0), density.mean(0), atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["weight", "product"])
@@ -1054,20 +1054,29 @@ def at_an_end(known, points, end):
     return points._replace(t=t, z=known.mu[source]), source
 
 
+def mixed(points, images, w):
+    """w x_i + (1 - w) x_j."""
+    return w * images[points.i] + (1 - w) * images[points.j]
+
+
 def by_definition(known, points, images, decode, w):
     """decode(z) + w r_i + (1 - w) r_j, where r = x - decode(mu), clipped."""
     lost = images - decode(known.mu)
-    kept = w * lost[points.i] + (1 - w) * lost[points.j]
-    return (decode(points.z) + kept).clamp(0, 1)
+    return (decode(points.z) + mixed(points, lost, w)).clamp(0, 1)
+
+
+def weights_of(points):
+    """t, for images."""
+    return points.t[:, None, None, None]
 
 
 @pytest.mark.parametrize("end", ["i", "j"])
-@pytest.mark.parametrize("pixels", [0, 0.5, 1])
-def test_at_both_ends_a_hybrid_is_exactly_its_source(end, pixels):
-    known, points = points_between()
+@pytest.mark.parametrize("morph", [None, vae.Morph], ids=["cross-faded", "morphed"])
+def test_at_both_ends_a_hybrid_is_exactly_its_source(end, morph):
+    known, points = points_between(40)
     images, _ = easy(90)
     there, source = at_an_end(known, points, end)
-    x = rendered(there, known, images, pixels=pixels)
+    x = rendered(there, known, images, morph=morph)
     assert torch.equal(x, images[source])
 
 
@@ -1076,25 +1085,40 @@ def test_at_both_ends_a_cut_hybrid_is_its_source(end):
     known, points = points_between()
     there, source = at_an_end(known, points, end)
     images = colours()
-    x = rendered(there, known, images, pixels=0)
+    x = rendered(there, known, images)
     close(x, images[source])
 
 
-def test_a_hybrid_is_decoded_plus_what_its_sources_lost():
+def test_the_first_half_of_the_hybrids_is_decoded_plus_what_their_sources_lost():
     known, points = points_between()
     images = easy(90)[0] / 255
-    w = points.t[:, None, None, None]
-    true = by_definition(known, points, images, decoder(), w)
-    x = rendered(points, known, images, pixels=0)
-    close(x, true)
+    true = by_definition(known, points, images, decoder(), weights_of(points))
+    x = rendered(points, known, images)
+    close(x[:100], true[:100])
+
+
+def test_the_second_half_of_the_hybrids_is_mixed_of_pixels():
+    known, points = points_between()
+    images = easy(90)[0] / 255
+    x = rendered(points, known, images)
+    close(x[100:], mixed(points, images, weights_of(points))[100:])
+
+
+@pytest.mark.parametrize("count, decoded", [(1, 1), (2, 1), (3, 2)])
+def test_of_an_odd_number_of_hybrids_the_larger_half_is_decoded(count, decoded):
+    known, points = points_between(count)
+    images = easy(90)[0] / 255
+    x = rendered(points, known, images)
+    plain = mixed(points, images, weights_of(points))
+    apart = (x - plain).abs().amax((1, 2, 3)) > 1e-4
+    assert apart.tolist() == [True] * decoded + [False] * (count - decoded)
 
 
 def test_hybrids_of_bytes_are_bytes():
     known, points = points_between()
     images, _ = easy(90)
-    w = points.t[:, None, None, None]
-    true = by_definition(known, points, images / 255, decoder(), w)
-    made = rendered(points, known, images, pixels=0)
+    true = rendered(points, known, images / 255)
+    made = rendered(points, known, images)
     assert made.dtype == torch.uint8
     assert (made - 255 * true).abs().max() < 0.7
 
@@ -1123,63 +1147,44 @@ def test_hybrids_of_the_prior_are_only_decoded():
     assert torch.equal(x, decoded.round().byte())
 
 
-def test_the_last_part_of_the_hybrids_is_mixed_of_pixels():
-    known, points = points_between()
-    images = easy(90)[0] / 255
-    w = points.t[:, None, None, None]
-    plain = w * images[points.i] + (1 - w) * images[points.j]
-    decoded = rendered(points, known, images, pixels=0)
-    x = rendered(points, known, images, pixels=0.25)
-    close(x, torch.cat([decoded[:150], plain[150:]]))
-
-
-def test_unless_told_otherwise_half_of_the_hybrids_is_mixed_of_pixels():
-    known, points = points_between()
-    images = easy(90)[0] / 255
-    half = rendered(points, known, images, pixels=0.5)
-    x = rendered(points, known, images)
-    assert torch.equal(x, half)
-
-
-def test_hybrids_of_pixels_alone_are_never_decoded():
-    known, points = points_between()
-    hybrids.render(points, known, easy(90)[0], None, pixels=1)
-
-
 def test_colour_is_cut_in_rectangles():
     known, points = points_between()
     images = colours()
-    w = hybrids.rectangles(points.t, 16, 16, seeded())
-    true = by_definition(known, points, images, decoder(3), w)
-    x = rendered(points, known, images, pixels=0, batch=200)
-    close(x, true)
+    w = hybrids.rectangles(points.t[:100], 16, 16, seeded())
+    some = points.take(slice(100))
+    true = by_definition(known, some, images, decoder(3), w)
+    x = rendered(points, known, images, batch=100)
+    close(x[:100], true)
+
+
+def is_cut(x, points, images):
+    """Is every pixel of the half that is not decoded of the one or the other source?"""
+    half = len(x) // 2
+    first = x[half:] == images[points.i[half:]]
+    second = x[half:] == images[points.j[half:]]
+    both = (first | second).all()
+    return bool(both and not first.all() and not second.all())
 
 
 def test_cut_pixels_are_those_of_the_one_or_the_other_source():
     known, points = points_between()
     images = colours()
-    x = rendered(points, known, images, pixels=1)
-    first = x == images[points.i]
-    second = x == images[points.j]
-    assert (first | second).all()
-    assert not first.all() and not second.all()
+    assert is_cut(rendered(points, known, images), points, images)
+    assert not is_cut(rendered(points, known, images, cut=False), points, images)
 
 
 def test_colour_is_mixed_where_no_cut_is_wanted():
     known, points = points_between()
     images = colours()
-    w = points.t[:, None, None, None]
-    x = rendered(points, known, images, pixels=1, cut=False)
-    close(x, w * images[points.i] + (1 - w) * images[points.j])
+    x = rendered(points, known, images, cut=False)
+    close(x[100:], mixed(points, images, weights_of(points))[100:])
 
 
 def test_grey_is_cut_where_a_cut_is_wanted():
     known, points = points_between()
-    grey = easy(90)[0]
-    x = rendered(points, known, grey, pixels=1, cut=True)
-    first = x == grey[points.i]
-    second = x == grey[points.j]
-    assert (first | second).all()
+    images, _ = easy(90)
+    assert is_cut(rendered(points, known, images, cut=True), points, images)
+    assert not is_cut(rendered(points, known, images), points, images)
 
 
 def test_cuts_are_drawn_from_the_generator_alone():
@@ -1233,11 +1238,105 @@ def test_cut_rectangles_lie_anywhere():
     close(often, often.flip(1), atol=0.1, rtol=0)
 
 
+class StandIn:
+    """In a morph's place: notes the pairs, and makes the first image of each negative."""
+
+    def __init__(self, first, second):
+        self.first = first
+        self.second = second
+
+    def __call__(self, first, second, rows, t):
+        self.rows = [*getattr(self, "rows", []), *rows.tolist()]
+        return -first, second
+
+
+def stand_ins():
+    """A morph, and the list of those that were made."""
+    made = []
+
+    def morph(first, second):
+        made.append(StandIn(first, second))
+        return made[-1]
+
+    return morph, made
+
+
+def test_what_a_morph_made_of_both_sources_is_mixed():
+    known, points = points_between()
+    images = easy(90)[0] / 255
+    x = rendered(points, known, images, morph=stand_ins()[0])
+    w = weights_of(points)
+    plain = (1 - w) * images[points.j] - w * images[points.i]
+    close(x[100:], plain[100:].clamp(0, 1))
+    lost = images - decoder()(known.mu)
+    decoded = decoder()(points.z) + (1 - w) * lost[points.j] - w * lost[points.i]
+    close(x[:100], decoded[:100].clamp(0, 1))
+
+
+def test_each_pair_of_images_is_brought_into_register_once():
+    known, points = points_between(50)
+    points = points.take(torch.arange(120) % 50)        # many hybrids of each pair
+    images, _ = easy(90)
+    morph, made = stand_ins()
+    rendered(points, known, images, morph=morph)
+    stand_in, = made
+    pairs = torch.stack([points.i, points.j], 1)
+    assert len(stand_in.first) == len(pairs.unique(dim=0)) <= 50
+    close(stand_in.first[stand_in.rows], images[points.i] / 255)
+    close(stand_in.second[stand_in.rows], images[points.j] / 255)
+
+
+@pytest.mark.parametrize("how", [{"residual": False}, {"cut": True}])
+def test_what_is_only_decoded_or_cut_is_not_morphed(how):
+    known, points = points_between(40)
+    images = easy(90)[0] / 255
+    morph, made = stand_ins()
+    x = rendered(points, known, images, morph=morph, **how)
+    assert torch.equal(x, rendered(points, known, images, **how))
+    assert made == []
+
+
+def test_colour_is_not_morphed():
+    known, points = points_between(40)
+    morph, made = stand_ins()
+    rendered(points, known, colours(), morph=morph)
+    assert made == []
+
+
+def as_negative(x, q, generator):
+    """In place of deformations: float images in [0,1] become their negative."""
+    assert x.is_floating_point()
+    return 1 - x, 2 * q
+
+
+@pytest.mark.parametrize("strategy", ["between", "prior"])
+@pytest.mark.parametrize("batch", [7, 1000])
+def test_every_hybrid_is_deformed_last_and_keeps_its_percentages(strategy, batch):
+    known, points = points_between(30, strategy)
+    images, _ = easy(90)
+    how = {"rule": "density", "batch": batch}
+    x, q = hybrids.make(points, known, images, decoder(), **how)
+    moved, moved_q = hybrids.make(points, known, images, decoder(), deform=as_negative, **how)
+    assert torch.equal(moved, 255 - x)
+    assert torch.equal(moved_q, q)
+
+
+def test_each_hybrid_moves_in_its_own_way():
+    known, points = points_between(30)
+    images, _ = easy(90)
+    plain, _ = hybrids.make(points, known, images, decoder())
+    deform = deformations(0.5)
+    moved, _ = hybrids.make(points, known, images, decoder(), deform=deform,
+                            generator=seeded())
+    wanted, _ = deform(plain / 255, None, seeded())
+    assert torch.equal(moved, as_bytes(wanted))
+
+
 def test_making_is_rendering_and_labelling():
     known, points = points_between()
     images, _ = easy(90)
-    x, q = hybrids.make(points, known, images, decoder(), rule="density", pixels=0.25)
-    assert torch.equal(x, rendered(points, known, images, pixels=0.25))
+    x, q = hybrids.make(points, known, images, decoder(), rule="density", residual=False)
+    assert torch.equal(x, rendered(points, known, images, residual=False))
     assert torch.equal(q, known.posterior(points.z))
 
 
@@ -1326,6 +1425,19 @@ def test_a_mixer_told_not_to_cut_mixes_colour():
     made, q = mixer(*shades(3))
     close(made[:, :1], shade_of(q))
     assert (made == made[:, :1]).all()
+
+
+def test_a_mixer_deforms_last_and_leaves_the_percentages():
+    made, q = mixer_of(decoder())(*shades())
+    moved, moved_q = mixer_of(decoder(), deform=as_negative)(*shades())
+    close(moved, 1 - made)
+    assert torch.equal(moved_q, q)
+
+
+def test_a_mixer_takes_a_single_image():
+    made, q = mixer_of(black)(torch.ones(1, 1, 16, 16), torch.tensor([2]))
+    close(made, torch.ones(1, 1, 16, 16))
+    assert q.tolist() == [[0, 0, 1]]
 
 
 def test_a_mixer_labels_by_product_unless_told_otherwise():
@@ -1495,7 +1607,9 @@ def test_flip_crop_reflects_the_edges():
     assert (seen[:, 1] == rows[:, :, None]).all()
 
 
-TRANSFORMS = {"affine": cnn.affine, "flip_crop": cnn.flip_crop, "mixup": cnn.mixup,
+TRANSFORMS = {"affine": cnn.affine, "elastic": cnn.elastic, "flip_crop": cnn.flip_crop,
+              "deformations": deformations(0.5, True, 16, 20),
+              "moving": cnn.moving(noise(500, 16, 20, 2)), "mixup": cnn.mixup,
               "mixup of 1": functools.partial(cnn.mixup, alpha=1.0), "cutmix": cnn.cutmix}
 
 
@@ -1519,7 +1633,7 @@ def test_a_transform_keeps_shape_range_and_sum(name):
     close(q.sum(1), torch.ones(64))
 
 
-@pytest.mark.parametrize("name", ["affine", "flip_crop"])
+@pytest.mark.parametrize("name", ["affine", "elastic", "flip_crop", "deformations", "moving"])
 def test_each_image_is_changed_in_its_own_way(name):
     image = torch.rand(3, 16, 20, generator=seeded())
     x = image.expand(64, -1, -1, -1)
@@ -1575,6 +1689,71 @@ def test_grey_is_bent_and_colour_is_mirrored(channels, transform):
     found, _ = cnn.augment(x, None, seeded())
     true, _ = transform(x, None, seeded())
     assert torch.equal(found, true)
+
+
+OFF = {"degrees": 0, "scale": 0, "shift": 0, "shear": 0}
+
+
+def bends(bend, count=3000):
+    """How far affine bends what is in the middle of images of 17 x 21 (count,2)."""
+    seen, _ = cnn.affine(places(count, 17, 21), None, seeded(), **OFF, bend=bend)
+    return seen[:, :, 8, 10] - torch.tensor([10, 8])
+
+
+def test_affine_bends_by_a_deviation_of_so_many_pixels():
+    moved = bends(1.5)
+    assert moved.mean(0).abs().max() < 0.1
+    close(moved.std(0), torch.tensor([1.5, 1.5]), atol=0.1, rtol=0)
+    assert uncorrelated(*moved.T)
+
+
+def test_affine_bends_neighbours_alike_and_what_is_far_differently():
+    seen, _ = cnn.affine(places(2000, 17, 33), None, seeded(), **OFF, bend=1.0)
+    right = seen[:, 0, 8] - torch.arange(33)
+    middle, neighbour, far = right[:, 16], right[:, 17], right[:, 26]
+    assert torch.stack([middle, neighbour]).corrcoef()[0, 1] > 0.95
+    assert torch.stack([middle, far]).corrcoef()[0, 1].abs() < 0.35
+
+
+def test_unless_told_otherwise_affine_does_not_bend():
+    x = torch.rand(8, 1, 16, 16, generator=seeded())
+    plain, _ = cnn.affine(x, None, seeded())
+    straight, _ = cnn.affine(x, None, seeded(), bend=0.0)
+    assert torch.equal(plain, straight)
+
+
+def test_elastic_is_affine_of_a_scale_and_bends():
+    x = torch.rand(8, 1, 16, 16, generator=seeded())
+    found, q = cnn.elastic(x, torch.eye(8), seeded(), scale=1.0, bend=1.0)
+    true, _ = cnn.affine(x, None, seeded(), bend=1.0)
+    assert torch.equal(found, true)
+    assert torch.equal(q, torch.eye(8))
+    found, _ = cnn.elastic(x, None, seeded(), scale=0.5, bend=2.0)
+    true, _ = cnn.affine(x, None, seeded(), 7.5, 0.075, 0.05, 0.075, bend=2.0)
+    close(found, true)
+
+
+def test_elastic_does_with_colour_what_augment_does():
+    x = torch.rand(8, 3, 16, 16, generator=seeded())
+    found, _ = cnn.elastic(x, None, seeded())
+    true, _ = cnn.augment(x, None, seeded())
+    assert torch.equal(found, true)
+
+
+def test_moving_draws_a_flow_for_each_image_evenly():
+    right = torch.arange(4.0)
+    flows = torch.stack([right, torch.zeros(4)], 1)[:, None, None].expand(4, 16, 20, 2)
+    move = cnn.moving(flows.half())
+    moved, q = move(places(4000, 16, 20), "percentages", seeded())
+    often = moved[:, 0, 8, 5].round().long().bincount() # five columns and the flow
+    assert often[:5].sum() == 0
+    assert (often[5:] - 1000).abs().max() < 120
+    assert q == "percentages"
+
+
+def test_moving_gives_a_batch_without_images_back():
+    x, q = cnn.moving(torch.zeros(1, 16, 16, 2))(torch.empty(0, 1, 16, 16), torch.eye(0), None)
+    assert x.shape == (0, 1, 16, 16) and q.shape == (0, 0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0, 200.0])
@@ -1644,6 +1823,23 @@ def test_hybrids_are_mixed_and_real_images_are_not():
     assert (q[10:].sum(1) == 1).all()
 
 
+def test_real_images_are_moved_and_hybrids_and_mixed_images_are_not():
+    def mark(x, q, generator):
+        return x + 1, 2 * q
+
+    def double(x, q, generator):
+        return 2 * x, q
+
+    real, made = some_of_each()
+    x, q = cnn.batches(real, 40, made, share=(0.25, 0.25), transforms=[double],
+                       move=mark)(seeded(), 0)
+    assert (x == 2).all()               # the white hybrids, the black images moved: doubled
+    assert (q[:10].sum(1) == 1).all()
+    assert (q[10:].sum(1) == 2).all()
+    x, _ = cnn.batches(real, 40, mix=double, share=(0.25, 0.25), move=mark)(seeded(), 0)
+    assert brightness(x).tolist() == [0] * 10 + [1] * 30
+
+
 def test_each_image_of_a_batch_has_its_own_probabilities():
     grey = evenly(torch.arange(14).byte())
     own = torch.eye(14)
@@ -1690,6 +1886,560 @@ def test_transforms_see_the_whole_batch_one_after_the_other():
     x, q = next_batch(seeded(), 0)
     assert brightness(x).tolist() == [4, 4, 2, 2]
     assert q.sum(1).tolist() == [3, 3, 3, 3]
+
+
+# ---- deformations: how images of one class move into each other -----------------------------
+
+def blobs(count, height=16, width=16, seed=0):
+    """Smooth images (count,1,height,width) of four bright spots each, none like another."""
+    g = seeded(seed)
+    centre = torch.rand(count, 4, 2, 1, 1, generator=g) * 1.2 - 0.6
+    radius = torch.rand(count, 4, 1, 1, generator=g) * 0.15 + 0.15
+    right, down, *_ = vae.flow_functions(height, width)
+    distance = (right - centre[:, :, 0]).square() + (down - centre[:, :, 1]).square()
+    return (-distance / (2 * radius ** 2)).exp().amax(1, keepdim=True)
+
+
+def affine_part(count, size=0.12, seed=0):
+    """Coefficients (count,2,28) of random affine maps."""
+    v = torch.zeros(count, 2, 28)
+    v[:, :, :3] = size * noise(count, 2, 3, seed=seed)
+    return v
+
+
+def bending_part(count, size=0.12, seed=0):
+    """Coefficients (count,2,28) of random smooth flows."""
+    v = torch.zeros(count, 2, 28)
+    v[:, :, 3:] = size * noise(count, 2, 25, seed=seed)
+    return v
+
+
+def square_error(a, b):
+    return (a - b).square().mean((1, 2, 3))
+
+
+WARPS = pytest.mark.parametrize("warp", [vae.warp, cnn.warp], ids=["vae", "cnn"])
+
+
+@WARPS
+def test_an_image_seen_through_no_flow_is_as_it_was(warp):
+    x = torch.rand(3, 2, 12, 20, generator=seeded())
+    close(warp(x, torch.zeros(3, 12, 20, 2)), x)
+
+
+@WARPS
+@pytest.mark.parametrize("right, down", [(3, 0), (0, 2), (-4, 5)])
+def test_a_flow_of_whole_pixels_is_a_shift_with_the_border_continued(warp, right, down):
+    x = torch.rand(3, 2, 12, 20, generator=seeded())
+    flow = torch.tensor([right, down]).expand(3, 12, 20, 2)
+    larger = F.pad(x, (5, 5, 5, 5), mode="replicate")
+    close(warp(x, flow), larger[:, :, 5 + down:17 + down, 5 + right:25 + right])
+
+
+@WARPS
+def test_what_is_seen_at_p_is_the_image_at_p_and_the_flow_there(warp):
+    here = places(3, 12, 20)
+    flow = noise(3, 12, 20, 2)
+    there = here + flow.permute(0, 3, 1, 2)
+    inside = torch.stack([there[:, 0].clamp(0, 19), there[:, 1].clamp(0, 11)], 1)
+    close(warp(here, flow), inside, atol=1e-4, rtol=0)
+
+
+def test_there_and_back_again_is_nearly_the_image():
+    x = blobs(9, 20, 24)
+    flow = vae.flow_of(affine_part(9, 0.05) + bending_part(9, 0.05), 20, 24)
+    there = vae.warp(x, flow)
+    back = vae.warp(there, -flow)
+    assert (square_error(back, x) < 0.3 * square_error(there, x)).all()
+
+
+def test_the_mirroring_flow_mirrors():
+    x = torch.rand(2, 3, 12, 20, generator=seeded())
+    flow = vae.mirror_flow(12, 20).expand(2, -1, -1, -1)
+    close(vae.warp(x, flow), x.flip(3))
+
+
+def test_the_affine_part_of_a_flow_is_an_affine_map_in_half_sides():
+    v = affine_part(2)
+    flow = vae.flow_of(v, 12, 20)
+    for k, row, column in itertools.product(range(2), (0, 5, 11), (0, 7, 19)):
+        right = (column + 0.5) / 10 - 1
+        down = (row + 0.5) / 6 - 1
+        a, b, c = v[k, 0, :3].tolist()
+        d, e, f = v[k, 1, :3].tolist()
+        wanted = [10 * (a * right + b * down + c), 6 * (d * right + e * down + f)]
+        assert flow[k, row, column].tolist() == approx(wanted, abs=1e-5)
+
+
+def test_a_turn_is_a_turn_whatever_the_shape():
+    v = torch.zeros(1, 2, 28)
+    v[0, 0, :2] = torch.tensor([math.cos(0.3) - 1, -math.sin(0.3) * 12 / 20])
+    v[0, 1, :2] = torch.tensor([math.sin(0.3) * 20 / 12, math.cos(0.3) - 1])
+    there = places(1, 12, 20) + vae.flow_of(v, 12, 20).permute(0, 3, 1, 2)
+    edge = there[0, :, 0, 1:] - there[0, :, 0, :-1]
+    wanted = torch.tensor([[math.cos(0.3)], [math.sin(0.3)]])
+    close(edge, wanted.expand(2, 19), atol=1e-4, rtol=0)
+
+
+def test_a_grid_of_one_displacement_shifts_everything():
+    v = torch.zeros(1, 2, 28)
+    v[0, 0, 3:] = 0.2
+    v[0, 1, 3:] = -0.1
+    flow = vae.flow_of(v, 12, 20)
+    close(flow, torch.tensor([2.0, -0.6]).expand(1, 12, 20, 2))
+
+
+def test_a_flow_has_the_displacement_of_a_node_where_the_node_is():
+    v = bending_part(1)
+    flow = vae.flow_of(v, 17, 21)       # every fourth row, every fifth column
+    nodes = v[0, :, 3:].unflatten(1, (5, 5)).permute(1, 2, 0)
+    close(flow[0, ::4, ::5], nodes * torch.tensor([10.5, 8.5]))
+
+
+@pytest.mark.parametrize("part, better, most", [
+    (affine_part, 30, 0.1), (bending_part, 2, 0.7)])
+def test_registration_finds_a_known_flow(part, better, most):
+    moving = blobs(8, 20, 24)
+    true = vae.flow_of(part(8), 20, 24)
+    target = vae.warp(moving, true)
+    found = vae.flow_of(vae.register(target, moving), 20, 24)
+    after = square_error(vae.warp(moving, found), target)
+    assert (after < square_error(moving, target) / better).all()
+    # Where there is something to be seen.
+    bright = target.squeeze(1) > 0.5
+    miss = (found - true)[bright].norm(dim=1).mean()
+    assert miss < most * true[bright].norm(dim=1).mean()
+
+
+def test_equal_images_are_in_register_already():
+    x = blobs(3)
+    assert vae.flow_of(vae.register(x, x), 16, 16).abs().max() < 0.2
+
+
+def test_pairs_are_registered_as_each_would_be_alone():
+    target = blobs(3)
+    moving = blobs(3, seed=1)
+    together = vae.register(target, moving)
+    for k in range(3):
+        close(vae.register(target[[k]], moving[[k]]), together[[k]], atol=1e-3, rtol=0)
+
+
+def test_registration_leaves_no_gradients_and_draws_nothing():
+    state = torch.get_rng_state()
+    v = vae.register(blobs(2), blobs(2, seed=1))
+    assert not v.requires_grad
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_directions_have_the_covariance_of_the_coefficients():
+    v = noise(200, 2, 28) * torch.rand(56, generator=seeded()).view(2, 28) + 3
+    directions = vae.square_root(v)
+    true = v.flatten(1).double().T.cov(correction=0)
+    close(directions @ directions.T, true, check_dtype=False, atol=1e-5, rtol=1e-4)
+    widths = directions.norm(dim=0)
+    assert torch.equal(widths, widths.sort(descending=True).values)
+    close(directions.T @ directions, widths.square().diag(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_the_directions_of_one_pair_or_none_are_zero(pairs):
+    assert torch.equal(vae.square_root(noise(pairs, 2, 28)), torch.zeros(56, 56))
+
+
+def test_pairs_are_of_one_class_and_never_of_an_image_with_itself():
+    y = torch.tensor([0] * 30 + [1] * 4 + [2])
+    i, j = vae.same_class_pairs(y[torch.randperm(35, generator=seeded())], seeded(), each=6)
+    y = y[torch.randperm(35, generator=seeded())]
+    assert torch.equal(y[i], y[j])
+    assert (i != j).all()
+    assert len(set(zip(i.tolist(), j.tolist()))) == len(i)
+    often = i.bincount(minlength=35)
+    assert torch.equal(often, torch.tensor([6, 3, 0])[y])       # a small class has fewer
+
+
+def test_partners_of_one_class_are_drawn_evenly():
+    often = torch.zeros(20)
+    for seed in range(300):
+        i, j = vae.same_class_pairs(torch.zeros(20).long(), seeded(seed), each=5)
+        often += j[i == 0].bincount(minlength=20)
+    assert often[0] == 0
+    assert often[1:].min() > 50 and often[1:].max() < 110      # 79 on average
+
+
+@pytest.mark.parametrize("height, width, smaller", [
+    (32, 16, (32, 16)), (33, 33, (16, 16)), (48, 64, (24, 32))])
+def test_large_images_are_registered_in_at_most_32_pixels_a_side(height, width, smaller):
+    x = torch.rand(2, 1, height, width, generator=seeded())
+    small = vae.small(x)
+    assert small.shape[2:] == smaller
+    cells = height // smaller[0]
+    assert small[0, 0, 0, 0].item() == approx(x[0, 0, :cells, :cells].mean().item(), rel=1e-4)
+
+
+def test_registration_of_large_images_finds_a_known_flow_too():
+    moving = blobs(4, 40, 48)
+    true = vae.flow_of(affine_part(4), 40, 48)
+    found = vae.flow_of(vae.register(vae.warp(moving, true), moving), 40, 48)
+    bright = vae.warp(moving, true).squeeze(1) > 0.5
+    miss = (found - true)[bright].norm(dim=1).mean()
+    assert miss < 0.2 * true[bright].norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("count, each", [(100, 10), (300, 10), (1000, 3), (4000, 1)])
+def test_there_are_not_many_more_pairs_than_wanted(count, each):
+    i, _ = vae.same_class_pairs(torch.arange(count) % 2, seeded())
+    assert (i.bincount() == each).all()
+
+
+def test_a_random_half_is_half_of_each_class_and_the_smaller_of_an_odd_one():
+    y = torch.tensor([0] * 8 + [1] * 5 + [3])[torch.randperm(14, generator=seeded())]
+    often = torch.zeros(14)
+    for seed in range(400):
+        half = vae.random_half(y, seeded(seed))
+        assert y[half].bincount(minlength=4).tolist() == [4, 2, 0, 0]
+        often += half
+    close(often / 400, torch.tensor([0.5, 0.4, 0, 0])[y], atol=0.12, rtol=0)
+
+
+def slow_kernel_nll(x, y, asked, asked_y, classes):
+    """The least NLL over bandwidths, image by image and class by class."""
+    nearest = []
+    for image in asked:
+        nearest.append(min(float((image - other).square().sum()) for other in x))
+    nearest = sorted(nearest)[(len(asked) - 1) // 2]    # their median
+    losses = []
+    for factor in (0.05, 0.1, 0.2, 0.4):
+        total = 0.0
+        for image, true in zip(asked, asked_y):
+            mass = [0.0] * classes
+            for other, c in zip(x, y):
+                distance = float((image - other).square().sum())
+                mass[c] += math.exp(-distance / (2 * factor * nearest))
+            q = 0.98 * mass[true] / sum(mass) + 0.02 / classes
+            total -= math.log(q) / len(asked)
+        losses.append(total)
+    return min(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_nll_of_the_kernel_classifier_is_that_of_its_formula(seed):
+    x = noise(12, 1, 4, 4, seed=seed)
+    asked = noise(7, 1, 4, 4, seed=9 + seed)
+    y = torch.arange(12) % 3
+    asked_y = torch.arange(7) % 4       # one class is unknown
+    found = vae.kernel_nll(x, y, asked, asked_y)
+    wanted = slow_kernel_nll(x, y.tolist(), asked, asked_y.tolist(), classes=4)
+    assert found == approx(wanted, rel=1e-4)
+
+
+# ---- what the images say about their movements ----------------------------------------------
+
+def set_that_moves(count=40, seed=0):
+    """Four objects, each seen turned, sheared and shifted at random; labels."""
+    y = torch.arange(count) % 4
+    v = affine_part(count, 0.15, seed + 1)
+    return vae.warp(blobs(4, seed=seed)[y], vae.flow_of(v, 16, 16)), y
+
+
+def set_of_many_objects(seed=0):
+    """Two objects in two places: the place is the class, and nothing else moves."""
+    y = torch.arange(40) % 2
+    x = blobs(2, seed=seed)[torch.arange(40) // 2 % 2]
+    x = torch.where(y[:, None, None, None] == 1, x.roll(2, 3), x)
+    return (x + 0.05 * noise(40, 1, 16, 16, seed=seed)).clamp(0, 1), y
+
+
+def set_without_movement(seed=0):
+    """Four objects under noise."""
+    y = torch.arange(40) % 4
+    x = blobs(4, seed=seed)[y] + 0.2 * noise(40, 1, 16, 16, seed=seed)
+    return x.clamp(0, 1), y
+
+
+def set_of_random_labels(seed=0):
+    x, y = set_that_moves(seed=seed)
+    return x, y[torch.randperm(40, generator=seeded(seed))]
+
+
+def set_of_mirrored_pairs(seed=0):
+    """Four objects, half of the time seen in a mirror."""
+    x, y = set_without_movement(seed)
+    turned = torch.rand(40, 1, 1, 1, generator=seeded(seed)) < 0.5
+    return torch.where(turned, x.flip(3), x), y
+
+
+def set_of_mirrored_classes(seed=0):
+    """Two objects, and two that are what the first look like in a mirror."""
+    y = torch.arange(40) % 4
+    two = blobs(2, seed=seed)
+    x = torch.cat([two, two.flip(3)])[y] + 0.2 * noise(40, 1, 16, 16, seed=seed)
+    return x.clamp(0, 1), y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_images_that_move_say_so(seed):
+    deform = TRUE_FIT(*set_that_moves(seed=seed), seeded())
+    assert deform.strength > 0
+    chosen = vae.STRENGTHS.index(deform.strength)
+    assert deform.nll[chosen] < 0.8 * deform.nll[0]
+    assert deform.moves()
+
+
+@pytest.mark.parametrize("made", [set_of_many_objects, set_without_movement,
+                                  set_of_random_labels])
+@pytest.mark.parametrize("seed", range(2))
+def test_images_that_do_not_move_say_so(made, seed):
+    deform = TRUE_FIT(*made(seed=seed), seeded())
+    assert deform.strength == 0
+    assert not deform.mirror
+
+
+@pytest.mark.parametrize("made, wanted", [(set_of_mirrored_pairs, True),
+                                          (set_of_mirrored_classes, False)])
+@pytest.mark.parametrize("seed", range(2))
+def test_images_say_whether_a_mirror_makes_others_of_their_kind(made, wanted, seed):
+    assert TRUE_FIT(*made(seed=seed), seeded()).mirror == wanted
+
+
+def test_the_strength_is_one_of_the_least_nll():
+    deform = TRUE_FIT(*set_that_moves(), seeded())
+    *nll, _ = deform.nll
+    assert len(nll) == len(vae.STRENGTHS)
+    assert nll[vae.STRENGTHS.index(deform.strength)] < min(nll) + 0.02
+
+
+def test_the_directions_are_those_of_pairs_of_one_class():
+    x, y = set_that_moves()
+    deform = TRUE_FIT(x, y, seeded())
+    generator = seeded()
+    rows = torch.randperm(40, generator=generator)
+    i, j = vae.same_class_pairs(y[rows], generator)
+    v = vae.register(x[rows][i], x[rows][j])
+    close(deform.directions, vae.square_root(v))
+    assert (deform.height, deform.width) == (16, 16)
+
+
+def test_what_images_say_depends_on_the_generator_alone():
+    x, y = set_that_moves(24)
+    found = []
+    for seed, draw in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(draw)
+        before = torch.get_rng_state()
+        found.append(TRUE_FIT(x, y, seeded(seed)))
+        assert torch.equal(before, torch.get_rng_state())
+    assert found[0].nll == found[1].nll != found[2].nll
+    assert torch.equal(found[0].directions, found[1].directions)
+
+
+def test_images_of_any_kind_say_the_same():
+    x, y = set_that_moves(24)
+    as_bytes_of_colour = as_bytes(x).expand(-1, 3, -1, -1)
+    first = TRUE_FIT(as_bytes_of_colour, y.int(), seeded()).directions
+    second = TRUE_FIT(as_bytes(x) / 255, y, seeded()).directions
+    close(first @ first.T, second @ second.T, atol=1e-4, rtol=0)
+
+
+def test_at_most_so_many_images_are_asked(monkeypatch):
+    x, y = set_that_moves()
+    asked = note_calls(monkeypatch, vae, "proof")
+    TRUE_FIT(x, y, seeded(), most=12)
+    assert len(asked[0][0][0]) == 12
+
+
+def test_the_proof_moves_one_half_by_what_that_half_says_and_asks_the_other(monkeypatch):
+    x, y = set_that_moves(16)
+    x[:, :, 0, 0] = torch.linspace(0, 1, 16)[:, None]           # a name for each image
+    monkeypatch.setattr(vae, "blur", lambda x, sigma: x)
+    monkeypatch.setattr(vae, "warp", lambda x, flow: x)
+    roots = note_calls(monkeypatch, vae, "square_root")
+    asked = note_calls(monkeypatch, vae, "kernel_nll")
+    i, j = vae.same_class_pairs(y, seeded())
+    v = torch.stack([i, j], 1).float()[:, :, None].expand(-1, 2, 28)
+    losses = vae.proof(x, y, i, j, v, seeded(), splits=2)
+    assert losses.shape == (4, 6)       # two halves, each both ways
+    close(losses.flatten(), torch.tensor([loss for _, loss in asked]))
+    for k, ((seen, seen_y, other, other_y), _) in enumerate(asked):
+        names = (15 * seen[:, 0, 0, 0]).round().long()
+        others = (15 * other[:, 0, 0, 0]).round().long()
+        if k % 6 < 5:                   # the sixth is mirrored
+            assert torch.equal(y[names], seen_y)
+            assert names.bincount(minlength=16).unique().tolist() == [0, 10]
+            assert set(names.tolist()).isdisjoint(others.tolist())
+            (pairs,), _ = roots[k // 6]
+            assert set(pairs[:, :, 0].flatten().tolist()) <= set(names.tolist())
+        assert torch.equal(y[others], other_y)
+        assert len(others) == 8
+
+
+@pytest.mark.parametrize("y", [[], [0], [0, 1], [0, 1, 2, 3]], ids=len)
+def test_without_two_images_of_a_class_nothing_moves(y):
+    deform = TRUE_FIT(easy(4)[0][:len(y)], torch.tensor(y).long(), seeded())
+    assert not deform.moves()
+    assert deform.words() == "no deformations"
+    x = torch.rand(5, 1, 16, 16, generator=seeded())
+    q = torch.eye(5)
+    moved, same_q = deform(x, q, seeded())
+    assert moved is x and same_q is q
+
+
+def test_images_of_one_class_say_that_they_do_not_move():
+    x, _ = set_that_moves()
+    deform = TRUE_FIT(x, torch.zeros(40).long(), seeded())
+    assert not deform.moves()           # what they are is known whatever they do
+    assert deform.directions.isfinite().all()
+
+
+# ---- what deformations do -------------------------------------------------------------------
+
+def test_a_flow_is_the_strength_times_the_directions_times_their_weights():
+    deform = deformations(0.5, height=12, width=20)
+    w = noise(4, 3)
+    v = torch.stack([0.5 * deform.directions @ row for row in w])
+    close(deform.flow(w), vae.flow_of(v.view(4, 2, 28), 12, 20))
+
+
+def test_random_flows_have_standard_normal_weights():
+    deform = deformations(1.0)
+    flows = deform.sample(3000, seeded()).flatten(1)
+    basis = deform.flow(torch.eye(3)).flatten(1)
+    weights = torch.linalg.lstsq(basis.T, flows.T).solution
+    close(weights.cov(), torch.eye(3), atol=0.1, rtol=0)
+    close(weights.mean(1), torch.zeros(3), atol=0.06, rtol=0)
+
+
+def test_each_image_is_deformed_by_a_flow_of_its_own():
+    deform = deformations(0.5)
+    x = blobs(6)
+    q = torch.eye(6)
+    moved, same_q = deform(x, q, seeded())
+    close(moved, vae.warp(x, deform.sample(6, seeded())))
+    assert same_q is q
+
+
+def test_where_a_mirror_makes_others_of_their_kind_half_of_them_are_mirrored():
+    deform = deformations(0.0, mirror=True)
+    x = torch.rand(600, 1, 16, 16, generator=seeded())
+    moved, _ = deform(x, None, seeded())
+    mirrored = (moved == x.flip(3)).flatten(1).all(1)
+    plain = (moved == x).flatten(1).all(1)
+    assert (mirrored ^ plain).all()
+    assert part_of(mirrored) == approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize("strength, mirror", [(0.0, False), (0.0, True), (1.0, True)])
+def test_a_batch_without_images_is_given_back(strength, mirror):
+    x, q = deformations(strength, mirror)(torch.empty(0, 1, 16, 16), torch.eye(0), seeded())
+    assert x.shape == (0, 1, 16, 16) and q.shape == (0, 0)
+
+
+def test_a_repertoire_holds_no_flow_as_often_as_the_strength_is_below_one():
+    flows = deformations(0.25, height=8, width=8).repertoire(2000, seeded())
+    still = (flows == 0).flatten(1).all(1)
+    assert part_of(still) == approx(0.75, abs=0.03)
+
+
+def test_half_of_a_repertoire_mirrors_where_a_mirror_makes_others_of_their_kind():
+    plain = deformations(0.5).repertoire(200, seeded())
+    flows = deformations(0.5, mirror=True).repertoire(200, seeded())
+    x = torch.rand(1, 1, 16, 16, generator=seeded()).expand(200, -1, -1, -1)
+    straight = vae.warp(x, plain)
+    seen = vae.warp(x, flows)
+    mirrored = (seen - straight.flip(3)).flatten(1).abs().amax(1) < 1e-4
+    unturned = (seen - straight).flatten(1).abs().amax(1) < 1e-4
+    assert (mirrored ^ unturned).all()
+    still = (plain == 0).flatten(1).all(1)
+    for part in (mirrored[still], mirrored[~still]):
+        assert part_of(part) == approx(0.5, abs=0.15)
+
+
+def test_a_classifier_sees_mirrored_images_through_a_mirroring_repertoire():
+    flows = deformations(0.0, mirror=True).repertoire(50, seeded())
+    x = torch.rand(60, 3, 16, 16, generator=seeded())
+    moved, _ = cnn.moving(flows.half())(x, None, seeded())
+    mirrored = (moved - x.flip(3)).flatten(1).abs().amax(1) < 1e-4
+    unturned = (moved - x).flatten(1).abs().amax(1) < 1e-4
+    assert (mirrored ^ unturned).all()
+    assert 10 < mirrored.sum() < 50
+
+
+@pytest.mark.parametrize("strength, mirror, words", [
+    (0.0, False, "no deformations"), (0.0, True, "no deformations, mirrored or not"),
+    (0.25, False, "deformations of strength 0.25"),
+    (1.0, True, "deformations of strength 1, mirrored or not")])
+def test_deformations_in_words(strength, mirror, words):
+    deform = deformations(strength, mirror)
+    assert deform.words() == words
+    assert deform.moves() == (words != "no deformations")
+
+
+def test_deformations_rebuild_themselves():
+    deform = deformations(0.25, True, 12, 20)
+    again = vae.Deformations.restore({"deformations": deform.fields()})
+    assert again.fields().keys() == deform.fields().keys()
+    assert torch.equal(again.sample(5, seeded()), deform.sample(5, seeded()))
+    assert again.mirror is True
+
+
+# ---- morphs: two images in register ---------------------------------------------------------
+
+def spot(column, row=8):
+    """A bright spot (1,1,16,24)."""
+    right, down = places(1, 16, 24)[0]
+    distance = (right - column).square() + (down - row).square()
+    return (-distance / 8).exp()[None, None]
+
+
+def column_of(x):
+    """Where the brightness of an image has its centre, to the right."""
+    right = torch.arange(24.0)
+    return ((x * right).sum() / x.sum()).item()
+
+
+def meeting(first, second, t, strength=1.0):
+    """Two images where they meet."""
+    return vae.Morph(first, second, strength)(first, second, torch.tensor([0]),
+                                              torch.tensor([t]))
+
+
+def test_a_morph_is_halfway_where_the_object_is_halfway():
+    a, b = meeting(spot(9), spot(14), 0.5)
+    assert column_of(a) == approx(11.5, abs=0.3)
+    assert column_of(b) == approx(11.5, abs=0.3)
+
+
+def test_at_its_ends_a_morph_leaves_one_image_and_lays_the_other_on_it():
+    first, second = spot(9), spot(14)
+    a, b = meeting(first, second, 1.0)
+    close(a, first)
+    assert column_of(b) == approx(9, abs=0.4)
+    a, b = meeting(first, second, 0.0)
+    close(b, second)
+    assert column_of(a) == approx(14, abs=0.4)
+
+
+def test_images_come_as_far_towards_each_other_as_the_strength_says():
+    a, b = meeting(spot(9), spot(14), 0.5, strength=0.4)
+    assert column_of(a) == approx(10, abs=0.3)
+    assert column_of(b) == approx(13, abs=0.3)
+
+
+def test_a_morph_without_strength_is_a_cross_fade():
+    a, b = meeting(spot(9), spot(14), 0.3, strength=0.0)
+    close((a, b), (spot(9), spot(14)))
+
+
+def test_a_morph_registers_every_pair_and_takes_those_asked_for():
+    first = blobs(5).expand(-1, 3, -1, -1)
+    second = blobs(5, seed=1).expand(-1, 3, -1, -1)
+    meet = vae.Morph(first, second, batch=2)
+    wanted = vae.register(first[:, :1], second[:, :1])
+    close(meet.v, wanted, atol=1e-3, rtol=0)
+    rows = torch.tensor([3, 0, 3])
+    t = torch.tensor([0.2, 0.5, 0.8])
+    seen = meet(first[rows], second[rows], rows, t)
+    flow = vae.flow_of(meet.v[rows], 16, 16)
+    w = t[:, None, None, None]
+    close(seen, (vae.warp(first[rows], (w - 1) * flow), vae.warp(second[rows], w * flow)))
 
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -2565,7 +3315,7 @@ def test_the_first_layer_predicts_by_the_moments_that_it_has_seen():
 def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spread):
     model = filled(vae.VAE(1, side, side, latent_dim=2, hidden=4, units=8))
     mu, logvar = model.encode(waves(side))
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
     found = torch.cat([mu, logvar], 1)
     assert found[0].tolist() == approx(codes_of, abs=2e-4)
@@ -2580,7 +3330,7 @@ def test_a_vae_of_this_format_computes_what_it_did(side, weights, codes_of, spre
     (cnn.CNN, (1, 10, 24, 33), 428_146)])
 def test_a_network_of_this_format_has_so_many_weights(kind, shape, weights):
     model = kind(*shape)
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
 
 
@@ -2588,7 +3338,7 @@ def test_a_network_of_this_format_has_so_many_weights(kind, shape, weights):
     (28, 2782, [1.9016, -1.1787]), (64, 12_062, [2.43, -1.6487])])
 def test_a_cnn_of_this_format_computes_what_it_did(side, weights, logits):
     model = filled(cnn.CNN(1, 2, width=4, side=side))
-    assert common.FORMAT == 4
+    assert common.FORMAT == 5
     assert sum(weight.numel() for weight in model.parameters()) == weights
     assert model(waves(side))[0].tolist() == approx(logits, abs=2e-4)
 
@@ -2936,6 +3686,15 @@ def test_vae_works_alone(alone):
     mu, _ = vae.encode_all(model, x)
     assert vae.decode_all(model, mu).shape == x.shape
     assert vae.evaluate(model, x, generator=seeded())["kl"] > 0
+    images = torch.rand(8, 3, 20, 20, generator=seeded())
+    deform = vae.Deformations.fit(images, torch.arange(8) % 2, seeded())
+    deform.strength = 1.0
+    moved, _ = deform(images, None, seeded())
+    assert moved.shape == images.shape
+    half = torch.full((8,), 0.5)
+    meet = vae.Morph(images, images.flip(0))
+    first, second = meet(images, images.flip(0), torch.arange(8), half)
+    assert first.shape == second.shape == images.shape
 
 
 def test_latent_works_alone(alone):
@@ -2968,7 +3727,8 @@ def test_hybrids_work_alone(alone, strategy):
     points = hybrids.sample(strategy, 10, known, seeded())
     rule = "density" if strategy == "prior" else "product"
     images = torch.zeros(6, 1, 16, 16).byte()
-    x, q = hybrids.make(points, known, images, black, rule=rule)
+    x, q = hybrids.make(points, known, images, black, rule=rule, deform=as_negative,
+                        morph=stand_ins()[0], generator=seeded())
     assert x.shape == (10, 1, 16, 16)
     close(q.sum(1), torch.ones(10))
 
@@ -2977,7 +3737,9 @@ def test_cnn_works_alone(alone):
     cnn = alone("cnn")
     real = (torch.zeros(9, 1, 16, 16).byte(), torch.eye(9))
     model = cnn.CNN(1, 9, width=4)
-    next_batch = cnn.batches(real, 4, real, cnn.mixup, transforms=[cnn.augment])
+    move = cnn.moving(torch.zeros(3, 16, 16, 2))
+    next_batch = cnn.batches(real, 4, real, cnn.mixup, transforms=[cnn.augment, cnn.elastic],
+                             move=move)
     row = list(cnn.fit(model, next_batch, steps=3, generator=seeded()))[-1]
     assert math.isfinite(row["loss"])
     assert cnn.predict(model, real[0]).shape == (9, 9)
@@ -3144,8 +3906,16 @@ def the_gpu_refuses_what_a_true_one_does():
         torch.rand(2, generator=torch.Generator("gpu:0"))
 
 
+def there(fit, images, y, generator):
+    """The deformations of `fit`, on the device of the images."""
+    deform = fit(images, y, generator)
+    deform.directions = deform.directions.to(images.device)
+    return deform
+
+
 def every_script_runs_there(folder):
     data = npz(folder / "tiny.npz")
+    vae.Deformations.fit = functools.partial(there, found((0.5, True)))
     assert run("vae", "--dataset", data, "--steps", 4, "-o", folder) == 0
     assert run("latent", "-o", folder) == 0
     assert run("hybrids", "--count", 40, "-o", folder) == 0
@@ -3153,7 +3923,7 @@ def every_script_runs_there(folder):
                "-o", folder) == 0
     few = ["--sizes", 12, "--seeds", 1, "--steps", 3, "--vae-steps", 3, "--width", 4]
     grid = ["compare", *few, "--dataset", data, "-o", folder / "grid", "--arms"]
-    assert run(*grid, "mixup+cutmix", "augment+hybrid", "latent posterior") == 0
+    assert run(*grid, "mixup+cutmix", "augment+hybrid", "deform", "latent posterior") == 0
     assert run(*grid, "real+hybrid", "--vae-data", "all") == 0
 
 
@@ -3175,6 +3945,18 @@ def the_library_ends_run_there():
     x, y = (part.to("gpu:0") for part in easy(60))
     colour = x.float().repeat(1, 3, 1, 1) / 255
     assert cnn.augment(colour, None, generator)[0].device.type == "gpu"
+    assert cnn.elastic(colour[:, :1], None, generator)[0].device.type == "gpu"
+    moves = TRUE_FIT(x[:12], y[:12], generator)
+    moves.strength = 0.5
+    moves.mirror = True
+    assert moves(colour, None, generator)[0].device.type == "gpu"
+    move = cnn.moving(moves.repertoire(9, generator))
+    assert move(colour, None, generator)[0].device.type == "gpu"
+    assert moves.fields()["directions"].device.type == "cpu"
+    first, second = colour[:4], colour[4:8]
+    rows = torch.arange(4, device="gpu:0")
+    for part in vae.Morph(first, second)(first, second, rows, rows / 4):
+        assert part.device.type == "gpu"
     model = vae.VAE(1, 16, 16, 4).to("gpu:0")
     posterior = latent.teach(*vae.encode_all(model, x), y, 3)
     mixer = hybrids.HybridMixer(model.encode, model.decode, posterior, generator=generator)
@@ -3397,7 +4179,7 @@ def test_scripts_on_hardly_any_images(tmp_path, capsys, recwarn):
     assert run("vae", "--dataset", data, "-o", tmp_path, "--steps", 3, "--images", 2,
                "--latent-dim", 2) == 0  # one of the three classes has none
     assert run("latent", "-o", tmp_path) == 0
-    for strategy in ("boundary", "prior"):
+    for strategy in ("between", "prior"):
         assert run("hybrids", "-o", tmp_path, "--count", 5, "--strategy", strategy) == 0
     assert len(capsys.readouterr().err.splitlines()) == 1          # see `say_if_few`
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
@@ -4485,10 +5267,12 @@ def backwards(path):
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory):
-    """A chain in plain float32, and what reached its two training loops."""
+    """A chain in plain float32 of images that move, and what reached its training loops."""
     out = tmp_path_factory.mktemp("seen") / "run"
     tiny = backwards(out.parent / "tiny.npz")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae.Deformations, "fit", found((0.5, True)))
+        moved = note_calls(patch, cnn, "warp")
         pictures = {kind: note_calls(patch, SCRIPTS[kind], "draw")
                     for kind in ("vae", "hybrids", "cnn")}
         pictures["map"] = note_calls(patch, latent, "draw_map")
@@ -4500,7 +5284,7 @@ def seen(tmp_path_factory):
         assert run("latent", "-o", out, "--seed", 5, "--no-amp") == 0
         assert run("hybrids", "-o", out, "--seed", 5, "--count", 90, "--no-amp") == 0
         assert run("cnn", "-o", out, "--seed", 5, "--steps", 40, "--width", 8, "--no-amp") == 0
-    noted = SimpleNamespace(out=out, vae=vae_fits[0], cnn=cnn_fits[0])
+    noted = SimpleNamespace(out=out, vae=vae_fits[0], cnn=cnn_fits[0], moved=moved)
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.model = vae.VAE.restore(noted.files["vae"])
     noted.classifier = cnn.CNN.restore(noted.files["cnn"])
@@ -4529,7 +5313,8 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 
 @pytest.mark.parametrize("kind, upstream, keys", [
-    ("vae", [], "config rows model"), ("hybrids", ["vae", "latent"], "images q z"),
+    ("vae", [], "config rows model deformations"),
+    ("hybrids", ["vae", "latent"], "images q z flows"),
     ("latent", ["vae"], "mu logvar labels given q calibrated teaching"),
     ("cnn", ["vae", "hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
@@ -4595,6 +5380,32 @@ def test_the_flags_of_the_vae_reach_its_training(bare, monkeypatch):
     assert fit.model.config["latent_dim"] == 3
 
 
+def test_vae_pt_holds_how_its_images_move(seen):
+    saved = seen.files["vae"]
+    wanted = deformations(0.5, True)
+    again = vae.Deformations.restore(saved)
+    assert torch.equal(again.sample(5, seeded()), wanted.sample(5, seeded()))
+    assert again.mirror is True
+    assert saved["metrics"].items() >= {"strength": 0.5, "mirror": True}.items()
+    proof = saved["metrics"]["proof"]
+    assert list(proof["strengths"]) == [0, 0.25, 0.5, 0.75, 1]
+    assert proof["nll"] == [0.7, 0.65, 0.6, 0.64, 0.68]
+    assert proof["nll_mirrored"] == 0.5
+
+
+def test_the_images_of_a_vae_are_asked_how_they_move(bare):
+    tiny = npz(bare / "tiny.npz")
+    words = ["--dataset", tiny, *STEMS["vae"], "--images", 24, "--seed", 4]
+    assert run("vae", "-o", bare, *words) == 0
+    saved = read(bare / "vae.pt")
+    data = data_of(bare)
+    rows = saved["rows"]
+    wanted = TRUE_FIT(data.images[rows], data.labels[rows], seeded(4))
+    close(saved["deformations"]["directions"], wanted.directions)
+    proof = saved["metrics"]["proof"]
+    assert [*proof["nll"], proof["nll_mirrored"]] == approx(wanted.nll, abs=1e-6)
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_the_elbo_of_a_vae_is_that_of_the_images_it_names(seen, part):
     saved = seen.files["vae"]
@@ -4622,8 +5433,9 @@ def test_a_vae_says_what_its_file_says(bare, capsys):
     for line, part in zip(lines, ("train", "test")):
         assert line.split()[0] == f"{part}:"
         assert f"= {metrics[part]['negative_elbo']:.1f} nats per image" in line
+    assert lines[2].startswith("what an image may become: no deformations, ")
     # And no word of a collapse.
-    assert lines[2:] == [str(bare / "vae.png"), str(bare / "vae.pt")]
+    assert lines[3:] == [str(bare / "vae.png"), str(bare / "vae.pt")]
 
 
 def test_latent_pt_holds_the_codes_of_the_images_of_the_vae(seen):
@@ -4700,9 +5512,56 @@ def test_hybrids_are_those_of_the_codes_and_the_seed(seen):
     generator = seeded(5)
     points = hybrids.sample("between", 90, codes, generator)
     close(saved["z"], points.z)
-    x, q = hybrids.make(points, codes, sources, model.decode, generator=generator)
+    deform = deformations(0.5, True)
+    morph = functools.partial(vae.Morph, strength=0.5)
+    x, q = hybrids.make(points, codes, sources, model.decode, morph=morph, deform=deform,
+                        generator=generator)
     close(x.int(), saved["images"].int(), atol=1, rtol=0)
     close(saved["q"], q)
+
+
+def test_the_flows_of_real_images_are_a_thousand_of_those_deformations(seen):
+    flows = seen.files["hybrids"]["flows"]
+    assert flows.shape == (1000, 16, 16, 2)
+    basis = deformations(0.5, True).flow(torch.eye(3)).flatten(1)
+    unturned = (flows - vae.mirror_flow(16, 16)).flip(2)
+    misses = []
+    for part in (flows.float(), unturned):
+        part = part.flatten(1)
+        weights = torch.linalg.lstsq(basis.T, part.T).solution
+        misses.append((part - weights.T @ basis).norm(dim=1))
+    straight, mirrored = torch.stack(misses) < 0.1
+    assert (straight ^ mirrored).all()
+    assert part_of(mirrored) == approx(0.5, abs=0.06)
+    assert part_of((flows == 0).flatten(1).all(1)) == approx(0.25, abs=0.05)
+
+
+@pytest.fixture
+def lively(bare):
+    """One's own copy of a folder whose vae.pt says that images move."""
+    change(bare / "vae.pt", "deformations", lambda fields: deformations(0.5).fields())
+    assert run("latent", "-o", bare) == 0
+    return bare
+
+
+def test_hybrids_move_as_vae_pt_says_and_not_with_no_deform(lively):
+    moved = made_by(lively)
+    still = made_by(lively, "--no-deform")
+    change(lively / "vae.pt", "deformations", lambda fields: deformations(0.0).fields())
+    assert run("latent", "-o", lively) == 0
+    without = made_by(lively)
+    assert torch.equal(still["images"], without["images"])
+    assert not torch.equal(moved["images"], without["images"])
+    assert torch.equal(moved["z"], without["z"])
+    assert torch.equal(still["flows"], torch.zeros(1, 16, 16, 2).half())
+    assert torch.equal(without["flows"], still["flows"])
+
+
+def test_with_no_deform_the_classifier_sees_real_images_as_they_are(lively, monkeypatch):
+    made_by(lively, "--no-deform")
+    fit = cnn_fit_of(lively, monkeypatch, "--steps", 4, "--hybrid-fraction", 0.25)
+    data = data_of(lively)
+    assert counts_of(data.images, fit) == approx([48] * 4, abs=2)
 
 
 def test_their_percentages_move_by_what_the_made_images_say(seen):
@@ -4781,9 +5640,15 @@ def steps_of(rows):
 # ---- what the pictures show -----------------------------------------------------------------
 
 def test_the_picture_of_a_vae_shows_its_history(seen):
-    history, model, data, *_ = seen.drawn["vae"]
+    history, model, *_ = seen.drawn["vae"]
     assert history == seen.files["vae"]["metrics"]["history"]
     assert same(model.state_dict(), seen.files["vae"]["model"])
+
+
+def test_the_picture_of_a_vae_shows_how_its_images_move(seen):
+    _, _, deform, images, *_ = seen.drawn["vae"]
+    assert deform.fields().items() >= {"strength": 0.5, "mirror": True}.items()
+    assert torch.equal(images, seen.data.images[seen.files["vae"]["rows"]])
 
 
 def test_the_map_shows_the_codes_and_the_calibrated_percentages(seen):
@@ -4803,14 +5668,14 @@ def test_the_reliability_that_is_drawn_is_that_of_the_file(seen):
 
 
 def test_the_gallery_shows_the_hybrids_of_the_file(seen):
-    x, q, _, _, classes = seen.drawn["hybrids"]
+    x, q, *_, classes = seen.drawn["hybrids"]
     assert torch.equal(x, seen.files["hybrids"]["images"])
     assert torch.equal(q, seen.files["hybrids"]["q"])
     assert classes == ANIMALS
 
 
 def test_the_walk_leads_from_an_image_to_one_of_another_class(seen):
-    _, _, strip, strip_q, _ = seen.drawn["hybrids"]
+    _, _, strip, strip_q, *_ = seen.drawn["hybrids"]
     ends = rows_among(strip[[0, -1]], seen.data.images)
     assert ends[0] == seen.files["vae"]["rows"][0]
     assert ends[1] in seen.files["vae"]["rows"]
@@ -4823,7 +5688,7 @@ def test_the_walk_leads_from_an_image_to_one_of_another_class(seen):
 def test_with_points_from_the_prior_the_walk_is_decoded_and_labelled_so(bare, monkeypatch):
     drawn = note_calls(monkeypatch, hybrids, "draw")
     saved = made_by(bare, "--strategy", "prior")
-    (_, _, strip, strip_q, _), _ = drawn[0]
+    (_, _, strip, strip_q, *_), _ = drawn[0]
     codes = latent.Codes.restore(read(bare / "latent.pt"))
     model = vae.VAE.restore(read(bare / "vae.pt"))
     generator = seeded()
@@ -4841,13 +5706,24 @@ def test_halfway_the_walk_is_decoded_and_both(seen):
 
 
 def test_halfway_a_picture_of_the_walk_is_mixed_not_cut(seen):
-    _, _, strip, _, _ = seen.drawn["hybrids"]
+    _, _, strip, *_ = seen.drawn["hybrids"]
     ends = rows_among(strip[[0, -1]], seen.data.images)
     x = seen.data.images[ends] / 255
     mu, _ = vae.encode_all(seen.model, seen.data.images[ends])
     middle = seen.model.decode(mu.mean(0, keepdim=True))
-    wanted = middle[0] + (x - seen.model.decode(mu)).mean(0)
+    lost = x - seen.model.decode(mu)
+    first, second = x.split(1)
+    meet = vae.Morph(first, second, strength=0.5)
+    moved = meet(*lost.split(1), torch.tensor([0]), torch.tensor([0.5]))
+    wanted = middle[0] + torch.cat(moved).mean(0)
     close(strip[4] / 255, wanted.clamp(0, 1), atol=0.02, rtol=0)
+
+
+def test_below_the_walk_its_first_image_moves(seen):
+    _, _, strip, _, moved, how, _ = seen.drawn["hybrids"]
+    close(moved[0], strip[0] / 255)
+    assert len(moved[1:].flatten(1).unique(dim=0)) == 8
+    assert how == "deformations of strength 0.5, mirrored or not"
 
 
 def test_the_confusion_that_is_drawn_is_that_of_test_images(seen):
@@ -4868,11 +5744,27 @@ def test_the_first_half_of_the_training_sees_hybrids_with_their_percentages(seen
         assert torch.equal(q, made["q"][where])
 
 
-def test_the_last_quarter_sees_real_images_with_their_labels(seen):
-    for x, q in seen.cnn.batches[30:]:
-        where = rows_among(x, seen.data.images)
+def test_real_images_are_moved_and_hybrids_are_as_they_are(seen):
+    batches = seen.cnn.batches[-len(seen.moved):]       # the others hold no real image
+    for (x, q), ((real, _), moved) in zip(batches, seen.moved):
+        first = len(x) - len(real)
+        assert (rows_among(x[:first], seen.files["hybrids"]["images"]) >= 0).all()
+        assert torch.equal(x[first:], moved)
+        where = rows_among(real, seen.data.images)
         assert torch.isin(where, seen.files["vae"]["rows"]).all()
-        assert torch.equal(q, one_hot(seen.data.labels[where]))
+        assert torch.equal(q[first:], one_hot(seen.data.labels[where]))
+
+
+def test_the_last_quarter_sees_real_images_alone(seen):
+    assert [len(real) for (real, _), _ in seen.moved[-10:]] == [64] * 10
+
+
+def test_images_are_moved_by_the_flows_of_the_file(seen):
+    flows = seen.files["hybrids"]["flows"]
+    known = {bytes_in(flow) for flow in flows}
+    used = torch.cat([flow for (_, flow), _ in seen.moved])
+    assert {bytes_in(flow) for flow in used.half()} <= known
+    assert len(used.flatten(1).unique(dim=0)) > 200
 
 
 def counts_of(images, fit):
@@ -5038,20 +5930,14 @@ def made_by(folder, *words):
 
 
 @pytest.mark.parametrize("words", [
-    ["--strategy", "boundary"], ["--strategy", "same"], ["--strategy", "around"],
-    ["--strategy", "prior"], ["--no-residual"], ["--pixels", "1"], ["--cut"],
-    ["--label", "density"], ["--label", "weight"], ["--label", "argmax"],
-    ["--label", "sampled"]], ids=" ".join)
+    ["--strategy", "between"], ["--strategy", "around"], ["--strategy", "prior"],
+    ["--no-residual"], ["--cut"], ["--no-deform"], ["--label", "density"],
+    ["--label", "weight"]], ids=" ".join)
 def test_every_kind_of_hybrid_is_made(bare, words):
     saved = made_by(bare, *words)
     assert saved["images"].shape == (30, 1, 16, 16)
     close(saved["q"].sum(1), torch.ones(30))
     assert not unfinished(bare)
-
-
-def test_hybrids_of_one_class_are_labelled_so(bare):
-    saved = made_by(bare, "--strategy", "same", "--label", "weight")
-    assert saved["q"].amax(1).min() > 0.999
 
 
 def test_points_from_the_prior_are_labelled_by_the_density(bare):
@@ -5061,26 +5947,11 @@ def test_points_from_the_prior_are_labelled_by_the_density(bare):
     close(saved["q"], posterior(saved["z"]))
 
 
-@pytest.mark.parametrize("rule", ["argmax", "sampled"])
-def test_hard_labels_are_one_class_each(bare, rule):
-    assert made_by(bare, "--label", rule)["q"].amax(1).min() == 1
-
-
-@pytest.mark.parametrize("words, share", [
-    ([], 0.5),
-    (["--pixels", 1], 1),
-    (["--no-residual"], 0),
-    (["--strategy", "around"], 0),
-    (["--strategy", "prior"], 0)])
-def test_the_share_that_is_never_decoded_is_recorded_as_it_was(bare, words, share):
-    assert made_by(bare, *words)["settings"]["pixels"] == share
-
-
 def test_grey_images_are_not_cut_unless_asked(bare):
-    plain = made_by(bare, "--pixels", 1)
-    mixed = made_by(bare, "--pixels", 1, "--no-cut")
-    cut = made_by(bare, "--pixels", 1, "--cut")
-    assert torch.equal(plain["images"], mixed["images"])
+    plain = made_by(bare)
+    faded = made_by(bare, "--no-cut")
+    cut = made_by(bare, "--cut")
+    assert torch.equal(plain["images"], faded["images"])
     assert not torch.equal(plain["images"], cut["images"])
     assert plain["settings"]["cut"] is False
     assert cut["settings"]["cut"] is True
@@ -5424,7 +6295,7 @@ def test_a_grid_computes_again_only_the_cell_that_was_lost(same_grid, grid):
 
 @pytest.mark.parametrize("change", [
     ["--weight-decay", "0.1"], ["--width", "5"], ["--steps", "9"], ["--vae-steps", "9"],
-    ["--latent-dim", "5"], ["--score", "validation"], ["--vae-data", "all"], ["--seed", "2"]],
+    ["--latent-dim", "5"], ["--score", "validation"], ["--unlabelled"], ["--seed", "2"]],
     ids=" ".join)
 def test_other_settings_make_other_cells(same_grid, monkeypatch, change):
     out, words = same_grid
@@ -5602,6 +6473,8 @@ def note_grid(tmp_path_factory, tiny, *words):
         noted.vaes = note_fits(patch, vae)
         fits = note_fits(patch, cnn)
         pools = note_calls(patch, hybrids, "make")
+        moves = note_calls(patch, cnn, "moving")
+        asked = note_deformations(patch)
         noted.scores = note_calls(patch, compare, "evaluate")
         facts = compared(out, "--dataset", tiny, "--sizes", 12, "--seeds", 1, "--seed", 3,
                          "--width", 4, "--latent-dim", 4, "--vae-steps", 20, "--no-amp",
@@ -5615,6 +6488,10 @@ def note_grid(tmp_path_factory, tiny, *words):
     mixed = [arm for arm in trained if compare.ARMS[arm].strategy]
     pools = [Pool(*arguments, *result) for arguments, result in pools]
     noted.pools = dict(zip(mixed, pools, strict=True))
+    # Every arm of hybrids that are deformed has flows for its real images.
+    deformed = [arm for arm in mixed if compare.ARMS[arm].deform]
+    noted.flows = {arm: flows for arm, ((flows,), _) in zip(deformed, moves, strict=True)}
+    noted.asked = asked
     return noted
 
 
@@ -5626,6 +6503,34 @@ class Pool(NamedTuple):
     decode: object
     x: torch.Tensor
     q: torch.Tensor
+
+
+class Noting(vae.Deformations):
+    """Deformations that note what they were made of, what they are given and what they do."""
+
+    def __init__(self, images, y, generator):
+        super().__init__(**deformations(0.5, False, *images.shape[2:]).fields())
+        self.images = images
+        self.y = y
+        self.seed = generator.initial_seed()
+        self.calls = []
+
+    def __call__(self, x, q, generator):
+        result = super().__call__(x, q, generator)
+        self.calls.append((x, *result))
+        return result
+
+
+def note_deformations(patch):
+    """Have all images move -> a list that grows: the deformations, which note their use."""
+    asked = []
+
+    def fit(images, y, generator):
+        asked.append(Noting(images, y, generator))
+        return asked[-1]
+
+    patch.setattr(vae.Deformations, "fit", fit)
+    return asked
 
 
 @pytest.fixture(scope="session")
@@ -5641,17 +6546,15 @@ def colour(tmp_path_factory):
     test, _ = easy(60, channels=3, seed=60)
     tiny = tmp_path_factory.mktemp("colour") / "tiny.npz"
     npz(tiny, x_train=RGB, x_test=test.numpy())
-    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--arms", "real", "real+hybrid",
-                     "augment+hybrid", "never cut", "always cut")
+    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--arms", "real", "elastic",
+                     "real+hybrid", "augment+hybrid", "undeformed hybrid",
+                     "cross-faded hybrid")
 
 
-NOT_AUGMENTED = [arm for arm in compare.ARMS
-                 if arm != "latent posterior" and not compare.ARMS[arm].augment]
-CLEAN_IN_THE_END = [arm for arm in NOT_AUGMENTED if arm != "hybrid only"]
-WITH_HYBRIDS = [
-    "real+hybrid", "hybrid only", "prior hybrid", "weight labels", "density labels",
-    "no residual", "all decoded", "never cut", "always cut", "mixup density labels",
-    "reconstructions", "pseudo-labels"]
+DEFORMED = ["real+hybrid", "hybrid only", "cross-faded hybrid", "deformed images",
+            "weight labels", "density labels", "no residual"]
+UNDEFORMED = ["undeformed hybrid", "prior hybrid", "reconstructions", "pseudo-labels"]
+CLEAN_IN_THE_END = ["real", "mixup", "cutmix", "mixup+cutmix", *UNDEFORMED]
 
 
 def test_every_arm_was_compared(grey):
@@ -5691,7 +6594,7 @@ def test_real_sees_only_and_all_of_the_images_of_its_subset(grey):
     assert used == set(grey.subset.tolist())
 
 
-@pytest.mark.parametrize("arm", [*WITH_HYBRIDS, "augment+hybrid"])
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED, "augment+hybrid"])
 def test_a_hybrid_arm_gets_as_many_hybrids_as_its_training_takes_images(grey, arm):
     assert len(grey.pools[arm].x) == 8 * 64
     assert len(grey.pools[arm].q) == 8 * 64
@@ -5709,7 +6612,7 @@ def as_bytes(x):
     return (x * 255).round().byte()
 
 
-@pytest.mark.parametrize("arm", WITH_HYBRIDS)
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED])
 def test_in_its_first_half_a_hybrid_arm_sees_hybrids_with_their_percentages(grey, arm):
     made = set(pairs_of(grey.pools[arm].x, grey.pools[arm].q))
     batches = grey.fits[arm].batches
@@ -5733,8 +6636,8 @@ def test_hybrids_have_percentages_of_several_classes(grey):
 
 
 @pytest.mark.parametrize("arm", [
-    "hybrid only", "weight labels", "density labels", "no residual", "all decoded",
-    "never cut", "always cut", "mixup density labels"])
+    "hybrid only", "undeformed hybrid", "cross-faded hybrid", "weight labels",
+    "density labels", "no residual", "augment+hybrid"])
 def test_all_hybrid_arms_between_codes_have_the_same_points(grey, arm):
     wanted = grey.pools["real+hybrid"].points
     assert torch.equal(grey.pools[arm].points.z, wanted.z)
@@ -5756,7 +6659,7 @@ def test_points_of_the_prior_hybrid_arm_are_of_no_images(grey):
     assert points.z.std().item() == approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("arm", ["reconstructions", "pseudo-labels"])
+@pytest.mark.parametrize("arm", ["reconstructions", "pseudo-labels", "deformed images"])
 def test_points_about_one_code_have_its_label(grey, arm):
     pool = grey.pools[arm]
     assert torch.equal(pool.points.i, pool.points.j)
@@ -5767,41 +6670,137 @@ def test_points_about_one_code_have_its_label(grey, arm):
 @pytest.mark.parametrize("arm, rule", [
     ("real+hybrid", "product"), ("hybrid only", "product"), ("augment+hybrid", "product"),
     ("no residual", "product"), ("weight labels", "weight"), ("density labels", "density"),
-    ("mixup density labels", "density"), ("prior hybrid", "density")])
+    ("undeformed hybrid", "product"), ("cross-faded hybrid", "product"),
+    ("prior hybrid", "density")])
 def test_hybrids_of_an_arm_are_labelled_by_its_rule(grey, arm, rule):
     pool = grey.pools[arm]
     close(pool.q, hybrids.label(rule, pool.points, pool.codes))
 
 
-@pytest.mark.parametrize("arm", ["no residual", "prior hybrid", "reconstructions"])
+def before_they_moved(grey, arm):
+    """The hybrids of an arm as they were given to the deformations, as bytes."""
+    for x, moved, _ in grey.asked[0].calls:
+        if torch.equal(as_bytes(moved), grey.pools[arm].x):
+            return as_bytes(x)
+    raise AssertionError(f"{arm} was not deformed")
+
+
+@pytest.mark.parametrize("arm", ["prior hybrid", "reconstructions"])
 def test_an_arm_without_residual_shows_what_the_decoder_says(grey, arm):
     pool = grey.pools[arm]
     decoded = pool.decode(pool.points.z)
     assert torch.equal(pool.x, as_bytes(decoded))
 
 
-def mixed_as_pixels(pool):
-    """Which hybrids of two classes are but weighted means of two images, by halves."""
-    first = pool.images[pool.points.i] / 255
-    second = pool.images[pool.points.j] / 255
-    t = pool.points.t[:, None, None, None]
-    mixed = as_bytes(t * first + (1 - t) * second)
-    plain = (pool.x == mixed).flatten(1).all(1)
-    two = pool.codes.y[pool.points.i] != pool.codes.y[pool.points.j]
-    half = len(two) // 2
-    return plain[:half][two[:half]], plain[half:][two[half:]]
+def test_hybrids_without_residual_are_decoded_and_then_deformed(grey):
+    pool = grey.pools["no residual"]
+    decoded = pool.decode(pool.points.z)
+    assert torch.equal(before_they_moved(grey, "no residual"), as_bytes(decoded))
 
 
-@pytest.mark.parametrize("arm, before, after", [
-    ("real+hybrid", 0, 1),
-    ("never cut", 0, 1),
-    ("weight labels", 0, 1),
-    ("all decoded", 0, 0),
-    ("mixup density labels", 1, 1)])
-def test_of_the_hybrids_of_an_arm_so_much_is_mixed_as_pixels(grey, arm, before, after):
-    first, last = mixed_as_pixels(grey.pools[arm])
-    assert part_of(first) == approx(before, abs=0.1)
-    assert part_of(last) == approx(after, abs=0.1)
+def test_hybrids_are_morphs_before_they_are_deformed(grey):
+    pool = grey.pools["real+hybrid"]
+    morph = functools.partial(vae.Morph, strength=0.5)
+    morphed = hybrids.render(pool.points, pool.codes, pool.images, pool.decode, morph=morph)
+    assert torch.equal(before_they_moved(grey, "real+hybrid"), morphed)
+
+
+def test_undeformed_hybrids_are_neither_morphed_nor_deformed(grey):
+    pool = grey.pools["undeformed hybrid"]
+    plain = hybrids.render(pool.points, pool.codes, pool.images, pool.decode)
+    assert torch.equal(pool.x, plain)
+
+
+def test_cross_faded_hybrids_are_deformed_but_not_morphed(grey):
+    plain = grey.pools["undeformed hybrid"].x
+    assert torch.equal(before_they_moved(grey, "cross-faded hybrid"), plain)
+    assert not torch.equal(before_they_moved(grey, "real+hybrid"), plain)
+
+
+def test_deformed_images_are_images_of_the_subset_that_move(grey):
+    pool = grey.pools["deformed images"]
+    given = before_they_moved(grey, "deformed images")
+    assert torch.equal(given, pool.images[pool.points.i])
+    assert set(rows_among(given, grey.data.images).tolist()) == set(grey.subset.tolist())
+
+
+@pytest.mark.parametrize("arm", [*DEFORMED, *UNDEFORMED, "augment+hybrid"])
+def test_percentages_of_hybrids_are_as_without_deformations(grey, arm):
+    pool = grey.pools[arm]
+    rule = compare.ARMS[arm].label
+    close(pool.q, hybrids.label(rule, pool.points, pool.codes))
+
+
+def test_an_arm_of_deformed_hybrids_has_a_thousand_flows_for_its_real_images(grey):
+    assert list(grey.flows) == [arm for arm in grey.fits if arm in DEFORMED]
+    wanted = grey.asked[0].repertoire(1000, seeded(3))
+    for arm, flows in grey.flows.items():
+        assert torch.equal(flows, wanted), arm
+
+
+def test_the_real_images_of_a_deformed_arm_are_moved_by_its_flows(grey):
+    x, q = grey.fits["real+hybrid"].batches[6]
+    images = grey.data.images[grey.subset]
+    seen = {}
+    for image, y in zip(images / 255, grey.data.labels[grey.subset]):
+        moved = vae.warp(image.expand(1000, -1, -1, -1), grey.flows["real+hybrid"])
+        seen.update(dict.fromkeys(map(bytes_in, as_bytes(moved)), int(y)))
+    for image, row in zip(as_bytes(x), q):
+        assert row[seen[bytes_in(image)]] == 1
+
+
+@pytest.mark.parametrize("arm", ["deform", "deform+mixup"])
+def test_all_batches_of_an_arm_deform_are_deformed(grey, arm):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    for x, _ in grey.fits[arm].batches:
+        assert id(x) in made
+
+
+def test_the_arm_deform_sees_the_images_of_its_subset_moved_and_no_other(grey):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    for x, q in grey.fits["deform"].batches:
+        where = rows_among(made[id(x)], grey.data.images)
+        assert torch.isin(where, grey.subset).all()
+        assert torch.equal(q, one_hot(grey.data.labels[where]))
+
+
+def test_the_arm_deform_with_mixup_mixes_first_and_moves_then(grey):
+    made = {id(moved): x for x, moved, _ in grey.asked[0].calls}
+    batches = grey.fits["deform+mixup"].batches
+    assert part_of(rows_among(made[id(batches[0][0])], grey.data.images) < 0) > 0.8
+    weights = batches[0][1]
+    weights = weights[(weights > 0) & (weights < 1)]
+    assert weights.std().item() == approx(1 / 6, abs=0.05)      # of Beta(4, 4)
+    last = rows_among(made[id(batches[7][0])], grey.data.images)
+    assert torch.isin(last, grey.subset).all()
+
+
+@pytest.mark.parametrize("arm", [*CLEAN_IN_THE_END, "augment", "elastic", "augment+mixup",
+                                 "augment+hybrid"])
+def test_other_arms_are_not_deformed(grey, arm):
+    made = {id(moved) for _, moved, _ in grey.asked[0].calls}
+    assert not any(id(x) in made for x, _ in grey.fits[arm].batches)
+    assert arm not in grey.flows
+
+
+def test_the_deformations_of_a_subset_are_asked_of_its_images_and_of_no_other(grey):
+    deform, = grey.asked                # once, for all arms
+    assert torch.equal(deform.images, grey.data.images[grey.subset])
+    assert torch.equal(deform.y, grey.data.labels[grey.subset])
+    assert deform.seed == 3
+
+
+@pytest.mark.parametrize("arm, as_arm", [
+    ("real+hybrid", "undeformed hybrid"), ("cross-faded hybrid", "undeformed hybrid"),
+    ("deformed images", "pseudo-labels"), ("deform", "real"),
+    ("deform+mixup", "augment+mixup")])
+def test_where_nothing_moves_an_arm_is_trained_as_without(tmp_path, monkeypatch, arm, as_arm):
+    monkeypatch.setattr(vae.Deformations, "fit", found((0.0, False)))
+    monkeypatch.setattr(cnn, "augment", lambda x, q, generator: (x, q))
+    facts = compared(tmp_path, "--dataset", npz(tmp_path / "tiny.npz"), *STEMS["compare"],
+                     "--arms", arm, as_arm)
+    first, second = facts["rows"]
+    assert {**first, "arm": ""} == {**second, "arm": ""}
 
 
 def test_pseudo_labels_are_of_images_as_they_are(grey):
@@ -5810,22 +6809,17 @@ def test_pseudo_labels_are_of_images_as_they_are(grey):
 
 
 @pytest.mark.parametrize("channels, arm, wanted", [
-    (1, "real+hybrid", "never cut"), (3, "real+hybrid", "always cut"),
-    (3, "augment+hybrid", "never cut")])
+    (1, "undeformed hybrid", False), (1, "augment+hybrid", False),
+    (3, "undeformed hybrid", True), (3, "augment+hybrid", False)])
 def test_colour_is_cut_unless_augmented_and_grey_is_mixed(grey, colour, channels, arm, wanted):
-    pools = {1: grey.pools, 3: colour.pools}[channels]
-    other = {"never cut": "always cut", "always cut": "never cut"}[wanted]
-    assert torch.equal(pools[arm].x, pools[wanted].x)
-    assert not torch.equal(pools[arm].x, pools[other].x)
+    pool = {1: grey.pools, 3: colour.pools}[channels][arm]
+    assert is_cut(pool.x, pool.points, pool.images) == wanted
 
 
-def test_what_is_cut_is_of_one_image_or_the_other(grey):
-    pool = grey.pools["always cut"]
-    half = len(pool.x) // 2             # the last half is not decoded
-    made = pool.x[half:]
-    first = pool.images[pool.points.i[half:]]
-    second = pool.images[pool.points.j[half:]]
-    assert ((made == first) | (made == second)).all()
+def test_hybrids_of_colour_are_cut_and_deformed_but_not_morphed(colour):
+    cut = before_they_moved(colour, "real+hybrid")
+    assert torch.equal(cut, colour.pools["undeformed hybrid"].x)
+    assert torch.equal(cut, before_they_moved(colour, "cross-faded hybrid"))
 
 
 def test_mixup_shows_halves_of_two_images_of_the_subset(grey):
@@ -5860,14 +6854,27 @@ def test_mixup_of_augmented_images_has_random_weights(grey):
     assert weights.std().item() == approx(1 / 6, abs=0.02)      # of Beta(4, 4)
 
 
-@pytest.mark.parametrize("arm", ["augment", "augment+mixup", "augment+hybrid"])
+@pytest.mark.parametrize("arm", ["augment", "augment+mixup", "augment+hybrid", "elastic"])
 def test_an_augmented_arm_never_sees_an_image_as_it_is(grey, arm):
     assert rows_used(grey.fits[arm], grey.data.images) == {-1}
 
 
-def test_the_arm_augment_keeps_the_labels(grey):
-    for _, q in grey.fits["augment"].batches:
+@pytest.mark.parametrize("arm", ["augment", "elastic", "deform"])
+def test_an_arm_that_changes_images_keeps_their_labels(grey, arm):
+    for _, q in grey.fits[arm].batches:
         assert set(q.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("channels, transform", [(1, cnn.elastic), (3, cnn.flip_crop)])
+def test_the_arm_elastic_bends_grey_images_and_mirrors_those_of_colour(grey, colour, channels,
+                                                                      transform):
+    noted = {1: grey, 3: colour}[channels]
+    generator = seeded(3)
+    images = noted.data.images[noted.subset]
+    plain = cnn.batches((images, one_hot(noted.data.labels[noted.subset])), 64)
+    x, q = noted.fits["elastic"].batches[0]
+    wanted, _ = transform(*plain(generator, 0), generator)
+    assert torch.equal(x, wanted)
 
 
 def test_hybrids_are_augmented_where_the_arm_says_so(grey):
@@ -5888,32 +6895,10 @@ def test_the_vae_of_a_subset_sees_its_images_and_no_other(grey):
     assert used == set(grey.subset.tolist())
 
 
-def test_the_vae_of_augmented_hybrids_sees_nine_views_of_each_image_too(grey):
-    x = as_bytes(torch.cat(grey.vaes[1].batches))
-    assert len({bytes_in(image) for image in x}) == 12 * (1 + 9)
-    used = rows_used(grey.vaes[1], grey.data.images)
-    assert used == {-1, *grey.subset.tolist()}
-
-
-def test_a_view_is_augmented_and_has_the_label_of_its_image(grey):
-    pool = grey.pools["augment+hybrid"]
-    images = grey.data.images[grey.subset]
-    assert torch.equal(pool.codes.y, grey.data.labels[grey.subset].repeat(10))
-    assert torch.equal(pool.images[:12], images)
-    view, _ = cnn.augment(images / 255, None, seeded(3))
-    assert torch.equal(pool.images[12:24], as_bytes(view))
-
-
-def test_hybrids_of_colour_images_have_no_augmented_views(colour):
-    fit, = colour.vaes
-    assert rows_used(fit, colour.data.images) == set(colour.subset.tolist())
-    assert colour.rows["augment+hybrid"]["sources"] == 12
-
-
-def test_the_arms_of_a_subset_share_their_vaes(grey):
-    assert len(grey.vaes) == 2          # one of them for augment+hybrid
-    for arm in ("hybrid only", "weight labels", "pseudo-labels"):
-        assert grey.pools[arm].codes is grey.pools["real+hybrid"].codes
+def test_the_arms_of_a_subset_share_their_vae(grey):
+    assert len(grey.vaes) == 1
+    for pool in grey.pools.values():
+        assert pool.codes is grey.pools["real+hybrid"].codes
 
 
 def test_the_vae_of_a_subset_is_trained_by_its_settings(grey):
@@ -5937,8 +6922,8 @@ def test_codes_and_percentages_are_those_of_the_vae(grey):
 
 
 def test_sources_says_how_many_images_hybrids_were_made_of(grey):
-    for arm, row in grey.rows.items():
-        assert row["sources"] == (120 if arm == "augment+hybrid" else 12), arm
+    for row in grey.rows.values():
+        assert row["sources"] == 12
 
 
 def test_amp_and_weight_decay_reach_every_training(tmp_path, monkeypatch):
@@ -5981,7 +6966,7 @@ def test_steps_that_are_given_are_taken(tmp_path):
 
 @pytest.mark.parametrize("words, steps", [
     ([], 600),
-    (["--vae-data", "all"], 3000),
+    (["--unlabelled"], 3000),
     (["--vae-data", "all", "--vae-steps", "9"], 9)])
 def test_a_vae_of_all_images_takes_more_steps(words, steps):
     assert compare.parse_args(words).vae_steps == steps
@@ -5990,7 +6975,7 @@ def test_a_vae_of_all_images_takes_more_steps(words, steps):
 def test_a_pool_holds_at_most_50_000_hybrids(monkeypatch, tmp_path):
     counts = []
 
-    def pool(source, arm, count, seed):
+    def pool(source, arm, count, deform, seed):
         counts.append(count)
 
     monkeypatch.setattr(compare.Source, "pool", pool)
@@ -6621,8 +7606,9 @@ def test_all_hybrid_arms_have_those_images(semi, arm):
     assert semi.rows["real"]["sources"] == 12
 
 
-def test_an_augmented_arm_has_no_vae_of_its_own_there(semi):
-    assert semi.pools["augment+hybrid"].codes is semi.pools["real+hybrid"].codes
+def test_the_labelled_images_alone_say_there_how_images_move(semi):
+    deform, = semi.asked
+    assert torch.equal(deform.images, semi.data.images[semi.subset])
 
 
 def test_the_classifier_sees_labelled_images_only(semi):
@@ -6718,12 +7704,14 @@ def test_every_averaged_figure_is_the_mean_over_the_subsets(grid):
 def test_hybrids_are_held_against_every_arm_without_them(grey):
     facts = json.loads((grey.out / "compare.json").read_text())
     against = facts["hybrids_against"]
-    assert set(against) >= {"real", "augment", "mixup", "cutmix", "augment+mixup"}
+    assert set(against) >= {"real", "augment", "elastic", "mixup", "cutmix", "augment+mixup",
+                            "deform", "deform+mixup", "deformed images"}
     assert not any("hybrid" in base for base in against)
     accuracy = {arm: row["accuracy"] for arm, row in grey.rows.items()}
     for base, entries in against.items():
         assert [entry["arm"] for entry in entries] == [
-            "real+hybrid", "hybrid only", "prior hybrid", "augment+hybrid"]
+            "real+hybrid", "hybrid only", "prior hybrid", "augment+hybrid",
+            "undeformed hybrid", "cross-faded hybrid"]
         for entry in entries:
             wanted = 100 * (accuracy[entry["arm"]] - accuracy[base])
             assert entry["gain"] == approx(wanted)
@@ -7895,19 +8883,47 @@ def zero(content):
     return 0.0
 
 
+def doubled_type(tensor):
+    return tensor.double()
+
+
+def above_one(content):
+    return 1.5
+
+
+def of_half_the_height(flows):
+    return flows[:, :8]
+
+
+def with_a_third_direction(flows):
+    return torch.cat([flows, flows[..., :1]], 3)
+
+
+def far_away(flows):
+    return flows + 1000
+
+
 LIES = {
     "vae": [("rows", None), ("rows", negative), ("rows", as_floats), ("rows", doubled),
             ("model", None), ("model/encoder.1.weight", with_nan), ("config/units", doubled),
             ("model/encoder.1.weight", cut_in_half), ("config/latent_dim", doubled),
             ("config/height", as_words), ("dataset", None), ("dataset/classes", None),
-            ("dataset/shape", doubled), ("dataset/spec", len), ("made_from", None)],
+            ("dataset/shape", doubled), ("dataset/spec", len), ("made_from", None),
+            ("deformations", None), ("deformations/directions", None),
+            ("deformations/directions", with_nan), ("deformations/directions", cut_in_half),
+            ("deformations/directions", doubled_type), ("deformations/height", doubled),
+            ("deformations/width", as_words), ("deformations/strength", above_one),
+            ("deformations/strength", as_words), ("deformations/mirror", as_words),
+            ("deformations/mirror", None)],
     "latent": [("mu", None), ("mu", with_nan), ("mu", cut_in_half), ("labels", negative),
                ("labels", doubled), ("labels", as_floats), ("teaching/prior", doubled),
                ("teaching/prior", negative), ("teaching/temperature", zero),
                ("teaching/counts", doubled), ("teaching/variance", negative),
                ("teaching/log_floor", as_words), ("dataset/spec", len)],
     "hybrids": [("images", as_floats), ("images", cut_in_half), ("q", with_nan),
-                ("q", doubled), ("q", cut_in_half), ("q", None)],
+                ("q", doubled), ("q", cut_in_half), ("q", None), ("flows", None),
+               ("flows", with_nan), ("flows", as_floats), ("flows", of_half_the_height),
+               ("flows", with_a_third_direction), ("flows", far_away)],
     "cnn": [("model/head.weight", with_nan), ("model/head.bias", cut_in_half),
             ("config/classes", doubled), ("config", None), ("dataset/shape", doubled)],
 }
