@@ -832,7 +832,7 @@ def new_labels(path) -> dict:
 def draw_review(data, found):
     """The first of each kind, with what the percentages say."""
     import common
-    fig = common.figure(13, 7.5)
+    fig = common.figure(13, 6)
     classes = dict(zip(data.classes, common.legible(data.classes)))
     for why, part in zip(WHY, fig.subfigures(len(WHY), 1)):
         lines = [line for line in found if line["why"] == why]
@@ -866,7 +866,7 @@ def review(run, data, earlier, found):
     if before and before.keys() == earlier.keys():
         os.utime(path, ns=(time, time))         # no new label in it: nothing for make to do
     counts = collections.Counter(line["why"] for line in found)
-    print("to look at next:", ", ".join(f"{counts[why]} {why}" for why in WHY))
+    print(*(f"{why}: {counts[why]}" for why in WHY), sep=", ")
     print(f"their classes, right or not, go into the column new_label of {path}; then:",
           common.make_all(run, path), sep="\n")
     print(run.out / "review.png")
@@ -927,6 +927,9 @@ def command(run, args):
         by_others = q[train.given >= 0]
         if len(some) > len(by_others):  # labels were spread
             by_others = shares_by_others(train, validation, classes, args.codes)
+        agree = by_others.argmax(1) == train.given[train.given >= 0]
+        print(f"percentages agree with {agree.float().mean():.0%} of the labels; review of "
+              "the others, as far as these can be trusted:")
         found = findings(data, train, test, q, by_others, shares["aggregate"], earlier)
         review(run, data, earlier, found)
     common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"],

@@ -7466,7 +7466,7 @@ def test_almost_the_same_images_are_paired():
 
 
 @pytest.fixture
-def flipped(tmp_path):
+def flipped(tmp_path, capsys):
     """A folder with a review of a set with three wrong labels and a copy among its tests."""
     y = easy(200)[1].numpy()
     wrong = common.split(dataset(npz(tmp_path / "a.npz"), tmp_path))[0][[5, 50, 120]].tolist()
@@ -7476,11 +7476,13 @@ def flipped(tmp_path):
     file = with_loose(tmp_path / "a.npz", y_train=y, x_test=tests.numpy())
     out = tmp_path / "run"
     assert run("vae", "--dataset", file, "-o", out, "--steps", 60, "--latent-dim", 4) == 0
+    capsys.readouterr()
     assert run("latent", "-o", out, "--review") == 0
-    return SimpleNamespace(out=out, file=file, wrong=[f"train/{row}" for row in wrong])
+    return SimpleNamespace(out=out, file=file, wrong=[f"train/{row}" for row in wrong],
+                           said=capsys.readouterr().out)
 
 
-def test_a_review_lists_what_to_look_at(flipped, capsys):
+def test_a_review_lists_what_to_look_at(flipped):
     table = table_of(flipped.out / "review.csv")
     kinds = {why: [line for line in table if line["why"] == why] for why in latent.WHY}
     suspected = kinds["label looks wrong"]
@@ -7494,6 +7496,9 @@ def test_a_review_lists_what_to_look_at(flipped, capsys):
     assert [(line["image"], line["like"]) for line in kinds["nearly a training image"]] == [
         ("test/8", "train/0")]
     assert (flipped.out / "review.png").exists()
+    assert "percentages agree with 98% of the labels" in flipped.said       # 176 of 179
+    counts = [f"{why}: {len(lines)}" for why, lines in kinds.items()]
+    assert ", ".join(counts) in flipped.said.splitlines()
 
 
 def fill_in(path, **labels):
