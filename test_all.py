@@ -3924,7 +3924,7 @@ def every_script_runs_there(folder):
     few = ["--sizes", 12, "--seeds", 1, "--steps", 3, "--vae-steps", 3, "--width", 4]
     grid = ["compare", *few, "--dataset", data, "-o", folder / "grid", "--arms"]
     assert run(*grid, "mixup+cutmix", "augment+hybrid", "deform", "latent posterior") == 0
-    assert run(*grid, "real+hybrid", "--vae-data", "all") == 0
+    assert run(*grid, "real+hybrid", "--unlabelled") == 0
 
 
 def hybrids_are_made_there():
@@ -6967,9 +6967,14 @@ def test_steps_that_are_given_are_taken(tmp_path):
 @pytest.mark.parametrize("words, steps", [
     ([], 600),
     (["--unlabelled"], 3000),
-    (["--vae-data", "all", "--vae-steps", "9"], 9)])
-def test_a_vae_of_all_images_takes_more_steps(words, steps):
-    assert compare.parse_args(words).vae_steps == steps
+    (["--unlabelled", "--vae-steps", "9"], 9)])
+def test_a_vae_of_all_images_takes_more_steps(tmp_path, words, steps):
+    data = str(npz(tmp_path / "tiny.npz"))
+    args = compare.parse_args(["--dataset", data, "-o", str(tmp_path / "out"), "--sizes", "12",
+                               *words])
+    work = common.start(args)
+    assert compare.plan(work, args).recipes[12]["vae_steps"] == steps
+    work.release()
 
 
 def test_a_pool_holds_at_most_50_000_hybrids(monkeypatch, tmp_path):
@@ -7555,14 +7560,14 @@ def test_a_review_that_cannot_be_read_is_not_overwritten(copy, capsys):
     assert (copy / "review.csv").read_text() == "my notes\n1\n"
 
 
-# ---- --vae-data all: the images without a label ---------------------------------------------
+# ---- --unlabelled: the images without a label -----------------------------------------------
 
 @pytest.fixture(scope="session")
 def semi(tmp_path_factory):
     """Arms of one subset where the VAE sees all images of the pool."""
     tiny = npz(tmp_path_factory.mktemp("semi") / "tiny.npz")
-    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--vae-steps", 150, "--vae-data",
-                     "all", "--arms", "real", "real+hybrid", "augment+hybrid",
+    return note_grid(tmp_path_factory, tiny, "--steps", 8, "--vae-steps", 150,
+                     "--unlabelled", "--arms", "real", "real+hybrid", "augment+hybrid",
                      "latent posterior")
 
 
@@ -7591,7 +7596,7 @@ def test_labels_are_spread_to_at_most_so_many_images(semi, monkeypatch):
     monkeypatch.setattr(compare, "UNLABELLED", 50)
     spec = semi.data.source["spec"]
     facts = compared(semi.out, "--dataset", spec, "--sizes", 12, "--seeds", 1, "--seed", 4,
-                     "--steps", 2, "--width", 4, "--vae-steps", 150, "--vae-data", "all",
+                     "--steps", 2, "--width", 4, "--vae-steps", 150, "--unlabelled",
                      "--arms", "real+hybrid")
     assert facts["rows"][0]["sources"] == 12 + 50
 
@@ -7600,8 +7605,8 @@ def test_a_finished_grid_trains_no_vae_again(semi, monkeypatch):
     fits = note_fits(monkeypatch, vae)
     spec = semi.data.source["spec"]
     compared(semi.out, "--dataset", spec, "--sizes", 12, "--seeds", 1, "--seed", 3, "--width",
-             4, "--latent-dim", 4, "--no-amp", "--steps", 8, "--vae-steps", 150, "--vae-data",
-             "all", "--arms", "real")
+             4, "--latent-dim", 4, "--no-amp", "--steps", 8, "--vae-steps", 150,
+             "--unlabelled", "--arms", "real")
     assert fits == []
 
 
