@@ -48,22 +48,22 @@ class Arm(NamedTuple):
     cut: bool | None = None             # hybrids cut, not mixed; None: those of colour
 
 
-ARMS = {
+ARMS = {                                # the first ten have a colour of their own
     "real": Arm(),
-    "augment": Arm(change="augment"),
-    "elastic": Arm(change="elastic"),
     "mixup": Arm(mix="halves"),
-    "cutmix": Arm(mix="cutmix"),
-    "mixup+cutmix": Arm(mix="both"),
-    "deform": Arm(change="deform"),
-    "deform+mixup": Arm(mix="mixup", change="deform"),
     "real+hybrid": Arm("between"),
+    "augment": Arm(change="augment"),
+    "deform": Arm(change="deform"),
+    "elastic": Arm(change="elastic"),
+    "deform+mixup": Arm(mix="mixup", change="deform"),
+    "undeformed hybrid": Arm("between", deform=False),
+    "mixup+cutmix": Arm(mix="both"),
+    "augment+hybrid": Arm("between", change="augment", deform=False, cut=False),
+    "augment+mixup": Arm(mix="mixup", change="augment"),
+    "cutmix": Arm(mix="cutmix"),
+    # The controls: where is a gain from?
     "hybrid only": Arm("between", share=(1.0, 1.0)),
     "prior hybrid": Arm("prior", "density", deform=False),      # the idea as first stated
-    "augment+mixup": Arm(mix="mixup", change="augment"),
-    "augment+hybrid": Arm("between", change="augment", deform=False, cut=False),
-    # The controls: where is a gain from?
-    "undeformed hybrid": Arm("between", deform=False),
     "cross-faded hybrid": Arm("between", morph=False),
     "deformed images": Arm("images"),   # hybrids of one image each
     "weight labels": Arm("between", "weight"),
@@ -623,8 +623,11 @@ def curves(left, right, table, rows, grid: Grid):
 def arm_look(arm) -> dict:
     """One look an arm, whichever are compared."""
     place = list(ARMS).index(arm)
-    return dict(color=common.COLOURS[place % 10], marker=common.MARKERS[place % 10],
-                ls=("-", "--", ":", "-.")[place % 4], lw=2.5 if arm == "real+hybrid" else 1.3)
+    look = dict(color=common.COLOURS[place % 10], marker=common.MARKERS[place % 10],
+                ls=("-", "--", ":", "-.")[place % 4], lw=1.3)
+    if arm == "real+hybrid":
+        look.update(ls="-", lw=2.5)
+    return look
 
 
 def draw_arm(axes, arm, entries, what, side):
