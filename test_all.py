@@ -8099,7 +8099,7 @@ def test_a_snippet_of_the_pages_runs_beside_a_finished_chain(chain, tmp_path, mo
 
 def test_both_pages_with_code_have_their_snippets():
     assert [name for name, _ in SNIPPETS].count("README.md") == 1
-    assert [name for name, _ in SNIPPETS].count("assets/METHOD.md") == 2
+    assert [name for name, _ in SNIPPETS].count("assets/METHOD.md") == 3
 
 
 def test_the_readme_is_read_in_three_minutes():

@@ -568,6 +568,23 @@ def network():
     return grid(head, lines, words=2)
 
 
+@table("review")
+def review():
+    """Labels that were replaced, and how many of them latent.py's review finds."""
+    names = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
+    head = ["data set", "subsets", "of the first 50, wrong, %", "of the wrong, listed, %",
+            "listed", "right class named, %"]
+    lines = []
+    for line in result("review")["summary"]:
+        cells = [names[line["dataset"]], str(line["seeds"])]
+        for key in ("precision_50", "recall"):
+            cells.append(pm((100 * line[key], 100 * line[f"{key}_half"]), 0, ""))
+        cells.append(f"{line['listed']:.0f}")
+        cells.append(pm((100 * line["claim_right"], 100 * line["claim_right_half"]), 0, ""))
+        lines.append(cells)
+    return grid(head, lines)
+
+
 # What was tried of hybrids that move, in words.
 MOVING = {
     "old,ps=0": "hybrids that do not move",
