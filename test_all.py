@@ -2134,11 +2134,11 @@ def test_the_nll_of_the_kernel_classifier_is_that_of_its_formula(seed):
 
 # ---- what the images say about their movements ----------------------------------------------
 
-def set_that_moves(count=40, seed=0):
-    """Four objects, each seen turned, sheared and shifted at random; labels."""
-    y = torch.arange(count) % 4
-    v = affine_part(count, 0.15, seed + 1)
-    return vae.warp(blobs(4, seed=seed)[y], vae.flow_of(v, 16, 16)), y
+def set_that_moves(count=40, seed=0, size=0.15, objects=4):
+    """Some objects, each seen turned, sheared and shifted at random; labels."""
+    y = torch.arange(count) % objects
+    v = affine_part(count, size, seed + 1)
+    return vae.warp(blobs(objects, seed=seed)[y], vae.flow_of(v, 16, 16)), y
 
 
 def set_of_many_objects(seed=0):
@@ -2162,8 +2162,8 @@ def set_of_random_labels(seed=0):
 
 
 def set_of_mirrored_pairs(seed=0):
-    """Four objects, half of the time seen in a mirror."""
-    x, y = set_without_movement(seed)
+    """Ten objects that hardly move, half of the time seen in a mirror."""
+    x, y = set_that_moves(seed=seed, size=0.05, objects=10)
     turned = torch.rand(40, 1, 1, 1, generator=seeded(seed)) < 0.5
     return torch.where(turned, x.flip(3), x), y
 
