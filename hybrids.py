@@ -161,21 +161,21 @@ def render(points, codes, images, decode, residual=True, cut=None, morph=None,
     rows = torch.arange(len(points.z), device=points.z.device)
     half = (len(rows) + 1) // 2
     parts = []
-    for some in (*rows[:half].split(batch), *rows[half:].split(batch)):
-        decoded = bool(some[0] < half)
-        z, i, j, t = points.take(some)
-        sources = lost if decoded else images
-        first = as_float(sources[i]).float()
-        second = as_float(sources[j]).float()
-        w = t[:, None, None, None]
-        if cut:
-            w = rectangles(t, *images.shape[2:], generator)
-        elif morph:
-            first, second = meet(first, second, which[some], t)
-        x = w * first + (1 - w) * second
-        if decoded:
-            x = x + decode(z)
-        parts.append(as_dtype(x.clamp(0, 1), images.dtype))
+    for part, sources in ((rows[:half], lost), (rows[half:], images)):
+        for start in range(0, len(part), batch):
+            some = part[start:start + batch]
+            z, i, j, t = points.take(some)
+            first = as_float(sources[i]).float()
+            second = as_float(sources[j]).float()
+            w = t[:, None, None, None]
+            if cut:
+                w = rectangles(t, *images.shape[2:], generator)
+            elif morph:
+                first, second = meet(first, second, which[some], t)
+            x = w * first + (1 - w) * second
+            if sources is lost:
+                x = x + decode(z)
+            parts.append(as_dtype(x.clamp(0, 1), images.dtype))
     return torch.cat(parts)
 
 

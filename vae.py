@@ -220,6 +220,7 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
 
 NODES = 5                               # a side of the grid that bends a flow
 LEVELS = ((2, 1.25), (2, 0.75), (1, 0.8))       # of registration: side of a pixel, then a blur
+MARGIN = 0.005                          # nats per image: a smaller gain is none
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -246,9 +247,9 @@ class Deformations:
     def fit(cls, images, y, generator, most=1000):
         """From images (N,C,H,W) as of `as_input` and labels y (N,), at most so many of them.
 
-        The strength is the one under which held-out images are predicted best (`proof`);
-        mirror images are allowed if they predict better by two standard errors. Without two
-        images of one class nothing moves.
+        The strength is the one under which held-out images are predicted best (`proof`), if
+        the gain is above MARGIN; mirror images are allowed if their gain is above two standard
+        errors, too. Without two images of one class nothing moves.
         """
         rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
         x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
@@ -257,9 +258,12 @@ class Deformations:
         v = register(x[i], x[j])
         losses = proof(x, y, i, j, v, generator)
         nll = losses.mean(0).tolist()
-        _, strength = min(zip(nll, STRENGTHS))          # the last choice is to mirror
+        least, strength = min(zip(nll, STRENGTHS))      # the last choice is to mirror
+        if nll[0] - least < MARGIN:
+            strength = 0.0
         gain = losses[:, 0] - losses[:, -1]
-        mirror = gain.mean() > 2 * gain.std(correction=0) / len(gain) ** 0.5
+        error = gain.std(correction=0) / len(gain) ** 0.5
+        mirror = gain.mean() > max(MARGIN, 2 * error)
         return cls(square_root(v), *images.shape[2:], strength, bool(mirror), nll)
 
     @classmethod
@@ -512,14 +516,15 @@ def random_half(y, generator):
 def kernel_nll(x, y, asked, asked_y, floor=0.02):
     """NLL of labels under a kernel classifier of images x (N,C,H,W), y (N,), in nats.
 
-    Its bandwidth is the best of a few; a part `floor` is spread over the classes.
+    Its bandwidth is the best of a few, up to one that knows nothing: else what blurs would
+    seem to help where nothing can be known. A part `floor` is spread over the classes.
     """
     classes = int(torch.maximum(y.max(), asked_y.max())) + 1
     square = torch.cdist(asked.flatten(1), x.flatten(1)).square()
     nearest = square.amin(1).median().clamp(min=1e-12)
     one_hot = F.one_hot(y, classes).float()
     losses = []
-    for factor in (0.05, 0.1, 0.2, 0.4):
+    for factor in (0.05, 0.1, 0.2, 0.4, 1, 100):
         weight = (-square / (2 * factor * nearest)).softmax(1)
         q = (1 - floor) * weight @ one_hot + floor / classes
         losses.append(F.nll_loss(q.log(), asked_y).item())
@@ -617,7 +622,7 @@ def command(run, args):
     fresh = torch.Generator(run.device).manual_seed(args.seed)
     deform = Deformations.fit(images[:labelled], labels, fresh)
     *nll, mirrored = deform.nll
-    tried = {"strengths": STRENGTHS, "nll": nll, "nll_mirrored": mirrored}
+    tried = {"strengths": list(STRENGTHS), "nll": nll, "nll_mirrored": mirrored}
     metrics = {"train": score(images), "test": score(data.test_images), "proof": tried,
                "strength": deform.strength, "mirror": deform.mirror, "history": last.history}
     common.write(run.out / "vae.png", draw(last.history, model, deform, images, data, run.amp,
