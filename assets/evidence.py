@@ -539,6 +539,20 @@ def percentages():
     return grid(head, lines, words=2)
 
 
+@table("wrong-labels")
+def wrong_labels():
+    names = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
+    lines = []
+    for row in result("review")["summary"]:
+        cells = [names[row["dataset"]]]
+        for key in ("precision_50", "recall"):
+            cells.append(f"{100 * row[key]:.1f} ± {100 * row[key + '_half']:.1f}")
+        lines.append([*cells, f"{row['listed']:.0f}"])
+    head = ["data set", "of the first 50 are wrong, %", "of the wrong ones are listed, %",
+            "listed"]
+    return grid(head, lines)
+
+
 @table("steps")
 def steps():
     chosen = result("baseline")["chosen"]["steps"]
