@@ -1213,6 +1213,7 @@ def check_content(saved: dict, sizes: dict) -> dict:
     channels, height, width = facts["shape"]
     classes = len(facts["classes"])
     sizes = {"C": channels, "H": height, "W": width, "K": classes, "last_class": classes - 1,
+             "coefficients": 56, "xy": 2,                       # of a flow
              "last_row": facts["images"] + facts.get("unlabelled", 0) - 1, **sizes}
     require(isinstance(facts["spec"] + facts["data_dir"] + facts["fingerprint"], str), "words")
     require(isinstance(facts.get("labels_from") or "", str), "words")

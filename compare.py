@@ -45,7 +45,7 @@ class Arm(NamedTuple):
     mix: str = ""                       # halves, mixup, cutmix or both
     change: str = ""                    # of all images of a batch: augment, elastic, deform
     deform: bool = True                 # hybrids move, and then real images
-    morph: bool = True                  # the sources of a hybrid are brought into register
+    morph: bool = True                  # and their sources are brought into register
     cut: bool | None = None             # hybrids cut, not mixed; None: those of colour
 
 
@@ -124,12 +124,12 @@ class Source(NamedTuple):
         else:
             points = hybrids.sample(arm.strategy, count, self.codes, generator)
         morph = None
-        if arm.morph and arm.deform and deform.strength > 0:
+        if deform and arm.morph and deform.strength > 0:
             morph = functools.partial(vae.Morph, strength=deform.strength)
         decode = functools.partial(vae.decode_all, self.model, amp=self.amp)
         return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
-                            residual=arm.residual, cut=arm.cut, morph=morph,
-                            deform=deform if arm.deform else None, generator=generator)
+                            residual=arm.residual, cut=arm.cut, morph=morph, deform=deform,
+                            generator=generator)
 
 
 def source_of_subset(images, y, classes, seed, recipe) -> Source:
@@ -192,7 +192,7 @@ def train_cnn(arm, images, y, classes, made, deform, seed, recipe):
     generator = generator_for(images, seed)
     real = (images, F.one_hot(y, classes).float())
     move = None
-    if arm.strategy and arm.deform and deform.moves():
+    if arm.strategy and deform and deform.moves():
         move = cnn.moving(deform.repertoire(hybrids.FLOWS, generator))
     next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share,
                              changes(arm.change, deform), move)
@@ -328,10 +328,13 @@ class Unit:
             logits_of = self.source.classify
         else:
             made = None
+            deform = None               # fitted where it is needed
+            if arm.deform and arm.strategy or arm.change == "deform":
+                deform = self.deform
             if arm.strategy:
                 count = min(POOL, BATCH * self.recipe["steps"])
-                made = self.source.pool(arm, count, self.deform, self.seed)
-            model = train_cnn(arm, self.images, self.y, self.classes, made, self.deform,
+                made = self.source.pool(arm, count, deform, self.seed)
+            model = train_cnn(arm, self.images, self.y, self.classes, made, deform,
                               self.seed, self.recipe)
             logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
         return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,

@@ -137,12 +137,12 @@ def opinion_pool(weight, points, posterior, epsilon):
 
 
 def render(points, codes, images, decode, residual=True, cut=None, morph=None,
-           generator=None, batch=1000):
+           generator=None, decoded=0.5, batch=1000):
     """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
     x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i
-    it is x_i, so no sharpness is lost. The second half of the points does without a decoder,
-    which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as vae.Morph, parts
+    it is x_i, so no sharpness is lost. The last points, all but a part `decoded`, do without
+    the decoder, which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as vae.Morph, parts
     of both images are moved to where they meet before they are added; with `cut` (None: of
     colour images) w is 0 in a rectangle drawn from `generator`, of area 1-t, and 1 elsewhere.
     Points from the prior, and all without `residual`, are decode(z). `images`, uint8 or
@@ -159,9 +159,9 @@ def render(points, codes, images, decode, residual=True, cut=None, morph=None,
         lines, which = pairs.unique(dim=0, return_inverse=True)
         meet = morph(as_float(images[lines[:, 0]]), as_float(images[lines[:, 1]]))
     rows = torch.arange(len(points.z), device=points.z.device)
-    half = (len(rows) + 1) // 2
+    first_pixel = math.ceil(decoded * len(rows))
     parts = []
-    for part, sources in ((rows[:half], lost), (rows[half:], images)):
+    for part, sources in ((rows[:first_pixel], lost), (rows[first_pixel:], images)):
         for start in range(0, len(part), batch):
             some = part[start:start + batch]
             z, i, j, t = points.take(some)
@@ -219,12 +219,12 @@ def as_dtype(x, dtype):
 
 
 def make(points, codes, images, decode, *, rule="product", residual=True, cut=None, morph=None,
-         deform=None, generator=None, batch=1000):
+         deform=None, generator=None, decoded=0.5, batch=1000):
     """The hybrids of points -> x (M,C,H,W) as `images`, q (M,K); see `render` and `label`.
 
     `deform`, (x, q, generator) -> (x, q), has the last word: each hybrid moves as images do.
     """
-    x = render(points, codes, images, decode, residual, cut, morph, generator, batch)
+    x = render(points, codes, images, decode, residual, cut, morph, generator, decoded, batch)
     q = label(rule, points, codes)
     if deform is None:
         return x, q
@@ -447,7 +447,7 @@ def command(run, args):
     if args.strategy == "prior":        # made as these are: decoded, labelled by density
         strip = Points(strip.z)
     strip_x, strip_q = make(strip, codes, images, decode, rule=args.label,
-                            residual=args.residual, cut=False, morph=morph)
+                            residual=args.residual, cut=False, morph=morph, decoded=1)
     still = as_float(strip_x[:1])
     moved, _ = deform(still.expand(8, -1, -1, -1), None, generator)
     common.write(run.out / "hybrids.png",

@@ -374,6 +374,7 @@ def blur(x, sigma):
     return F.conv2d(x, bell.transpose(2, 3), groups=x.shape[1])
 
 
+@torch.enable_grad()
 def register(target, moving, steps=60):
     """Coefficients v (B,2,28) of flows with warp(moving, flow_of(v, H, W)) close to target.
 
