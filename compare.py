@@ -329,7 +329,7 @@ class Unit:
         else:
             made = None
             deform = None               # fitted where it is needed
-            if arm.deform and arm.strategy or arm.change == "deform":
+            if arm.change == "deform" or (arm.strategy and arm.deform):
                 deform = self.deform
             if arm.strategy:
                 count = min(POOL, BATCH * self.recipe["steps"])
