@@ -8,7 +8,7 @@ OUT     ?= runs/$(RUN)
 SIZES   ?= 100 300
 # The demonstration trains no longer than it must: "fewer steps" in assets/trials.json.
 ifeq ($(DATASET),glyphs)
-SEEDS   ?= 4
+SEEDS   ?= 3
 VAE_STEPS     := --steps 1000
 CNN_STEPS     := --steps 300
 COMPARE_STEPS := --steps 150 --vae-steps 300

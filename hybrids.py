@@ -411,7 +411,7 @@ def walk(codes, generator, steps=9) -> Points:
 
 def command(run, args):
     import common
-    from latent import Codes
+    from latent import Codes, subsample
     from vae import VAE, Deformations, Morph, decode_all, encode_all
     earlier = earlier_export(args.export) if args.export else []
     upstream = common.load(run, "vae", run.device, VAE.restore)
@@ -434,9 +434,10 @@ def command(run, args):
     x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
                 cut=args.cut, morph=morph, deform=deform if args.deform else None,
                 generator=generator)
-    mu, _ = encode_all(model, x, run.amp)
     # Total variation between the percentages of a point and of the image made from it.
-    before = codes.posterior(points.z)
+    some = subsample(len(x), 2000).to(run.device)
+    mu, _ = encode_all(model, x[some], run.amp)
+    before = codes.posterior(points.z[some])
     moved = (codes.posterior(mu) - before).abs().sum(1) / 2
     entropies = entropy(q)
     metrics = {"entropy": entropies.mean().item(), "temperature": codes.posterior.temperature,

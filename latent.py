@@ -904,9 +904,13 @@ def command(run, args):
     known = train.take(some)
     calibrated, shares, metrics = densities(known, prior, validation.take(fitting), test)
     posterior = calibrated["aggregate"]
-    # An image costs D times what a point does, and there may be many.
+    # An image costs D times what a point does, and there may be many: fewer codes will do.
     fewer = some[subsample(len(some), 5000).to(run.device)]
-    q = shares_by_others(train, fewer, validation.take(fitting), classes)
+    part = train.take(fewer)
+    coarse = Aggregate.fit(part.mu, part.logvar, part.y, classes,
+                           metrics["aggregate"]["choice"])
+    coarse.temperature = posterior.temperature
+    q = without_own(coarse, train, fewer)
 
     calibrated = {name: stored(density) for name, density in calibrated.items()}
     fig = common.figure(11, 5.4)
@@ -923,8 +927,10 @@ def command(run, args):
         earlier = {**new_labels(run.labels_from), **new_labels(run.out / "review.csv")}
         # By given labels alone: one that was spread would come back from the neighbours.
         given = train.take((train.given >= 0).nonzero()[:, 0])
-        fewer = subsample(len(given.rows), 5000).to(run.device)
-        by_others = shares_by_others(given, fewer, validation.take(fitting), classes)
+        by_others = q
+        if len(given.rows) < len(train.rows):
+            fewer = subsample(len(given.rows), 5000).to(run.device)
+            by_others = shares_by_others(given, fewer, validation.take(fitting), classes)
         agree = by_others.argmax(1) == given.given
         print(f"percentages agree with {agree.float().mean():.0%} of the labels; review of "
               "the others, as far as these can be trusted:")

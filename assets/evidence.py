@@ -73,19 +73,19 @@ LEADERBOARD = [
           "none found", 32),
 ]
 
-# The arms of the controls, in words.
+# The arms of the controls, in words. "other cut" is no arm of compare.py: it stands for the
+# setting of `cut` that is not the default of the set.
 CONTROLS = {
     "real": "real images only",
     "mixup": "mixup",
     "cutmix": "cutmix",
     "mixup+cutmix": "mixup and cutmix in turn",
-    "deform": "all images deformed, no hybrids",
-    "deformed images": "hybrids of one image each: deformed",
-    "undeformed hybrid": "hybrids that do not move",
-    "cross-faded hybrid": "their sources not brought into register",
-    "weight labels": "labelled by the mixing weight",
+    "weight labels": "hybrids labelled by the mixing weight",
     "density labels": "labelled by the density",
+    "all decoded": "all of them decoded",
     "no residual": "all decoded, nothing added back",
+    "mixup density labels": "none decoded, density labels",
+    "other cut": "grey images cut, colour images mixed",
     "hybrid only": "hybrids only, to the last step",
     "prior hybrid": "points from N(0, I), density labels",
     "reconstructions": "reconstructions, hard labels",
@@ -145,6 +145,8 @@ def rows_of(names=("MNIST", "Fashion-MNIST", "CIFAR-10", "glyphs"), sizes=None):
 
 def values(row, arm, key="accuracy"):
     """{subset: value} of an arm; accuracies in %."""
+    if arm == "other cut":
+        arm = "never cut" if row.stem.startswith("cifar10") else "always cut"
     scale = 100 if key in ("accuracy", "noise") else 1
     found = {}
     for line in result(row.stem)["rows"]:
@@ -351,8 +353,11 @@ def labels():
 
 
 def control_rows():
-    """The sets of controls, with 100 images."""
-    return [Row("MNIST", "mnist-controls", 100)]
+    """The three sets of controls, with 100 and with 1,000 images."""
+    rows = []
+    for name, stem, _ in SETS[:3]:      # the others have no controls
+        rows += [Row(name, f"{stem}-controls", 100), Row(name, f"{stem}-controls", 1000)]
+    return rows
 
 
 def control_head():
@@ -370,8 +375,7 @@ def controls():
 @table("controls-nll")
 def controls_nll():
     lines = []
-    for arm in ("mixup", "mixup+cutmix", "weight labels", "density labels", "deform",
-                "deformed images", "undeformed hybrid", "cross-faded hybrid"):
+    for arm in ("mixup", "mixup+cutmix", "weight labels", "density labels", "all decoded"):
         cells = [CONTROLS[arm]]
         for row in control_rows():
             cells.append(pm(difference(row, arm, "real+hybrid", "nll"), 3))
