@@ -117,15 +117,18 @@ class Source(NamedTuple):
 
     def pool(self, arm, count, deform, seed):
         """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
+        morph = None
+        lines = None
+        grey = self.images.shape[1] == 1                # colour images are cut
+        if deform and arm.morph and grey and deform.strength > 0:
+            morph = functools.partial(vae.Morph, strength=deform.strength)
+            lines = hybrids.LINES
         generator = generator_for(self.codes.mu, seed)
         if arm.strategy == "images":
             points = hybrids.sample("around", count, self.codes, generator)
             points = hybrids.line(self.codes.mu, points.i, points.i, points.t)
         else:
-            points = hybrids.sample(arm.strategy, count, self.codes, generator)
-        morph = None
-        if deform and arm.morph and deform.strength > 0:
-            morph = functools.partial(vae.Morph, strength=deform.strength)
+            points = hybrids.sample(arm.strategy, count, self.codes, generator, lines=lines)
         decode = functools.partial(vae.decode_all, self.model, amp=self.amp)
         return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
                             residual=arm.residual, cut=arm.cut, morph=morph, deform=deform,

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 STRATEGIES = ("between", "around", "prior")
 LABELS = ("product", "density", "weight")
 FLOWS = 1000                            # by which real images move
-LINES = 2000                            # most pairs of codes: each is brought into register
+LINES = 2000                            # most pairs that are brought into register
 
 
 class Points(NamedTuple):
@@ -41,13 +41,13 @@ class Points(NamedTuple):
         return Points(*(None if part is None else part[rows] for part in self))
 
 
-def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
+def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> Points:
     """Draw `count` points.
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
     between   on lines between two codes, t ~ Beta(alpha, alpha): a part `same` of the lines
-              within one class, the others between two; at most LINES of them
+              within one class, the others between two; at most `lines` of them, if given
     """
     mu = codes.mu.float()
     if strategy == "prior":
@@ -59,7 +59,8 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3) -> Points:
         width = (codes.logvar[i].float() / 2).exp()
         t = torch.ones(count, device=mu.device)
         return Points(mu[i] + width * noise, i, i, t)
-    lines = min(count, LINES)
+    if lines is None or lines > count:
+        lines = count
     i = torch.randint(len(mu), (lines,), device=mu.device, generator=generator)
     j = partners(codes.y, i, same, generator)
     t = random_weights(count, alpha, mu.device, generator)
@@ -428,9 +429,11 @@ def command(run, args):
     deform = Deformations.restore(upstream, run.device)
 
     morph = None
-    if args.deform and deform.strength > 0:
+    lines = None
+    if args.deform and deform.strength > 0 and not args.cut:
         morph = functools.partial(Morph, strength=deform.strength)
-    points = sample(args.strategy, args.count, codes, generator)
+        lines = LINES
+    points = sample(args.strategy, args.count, codes, generator, lines=lines)
     x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
                 cut=args.cut, morph=morph, deform=deform if args.deform else None,
                 generator=generator)
