@@ -891,12 +891,39 @@ def test_unless_told_otherwise_three_tenths_of_the_pairs_are_of_one_class():
     assert torch.equal(points.j, told.j)
 
 
-@pytest.mark.parametrize("count, lines", [(50, 50), (2000, 2000), (4500, 2000)])
-def test_there_are_at_most_two_thousand_lines_all_over_the_points(count, lines):
-    _, points = points_between(count)
+@pytest.mark.parametrize("count, most, lines", [(50, 2000, 50), (60, 60, 60), (150, 60, 60)])
+def test_there_are_so_many_lines_all_over_the_points(count, most, lines):
+    points = hybrids.sample("between", count, known_codes(), seeded(), lines=most)
     pairs = torch.stack([points.i, points.j], 1)
     assert torch.equal(pairs, pairs[:lines].repeat(3, 1)[:count])
     assert len(points.t.unique()) > 0.99 * count        # each with a weight of its own
+
+
+def test_unless_told_otherwise_each_point_has_a_line_of_its_own():
+    _, points = points_between(4500)
+    pairs = torch.stack([points.i, points.j], 1)
+    assert not torch.equal(pairs[:2000], pairs[2000:4000])
+    assert len(pairs.unique(dim=0)) > 2500
+
+
+@pytest.mark.parametrize("strength, channels, limit", [(0.5, 1, 2000), (0.0, 1, None),
+                                                       (0.5, 3, None)])
+def test_the_lines_of_a_comparison_are_limited_where_they_are_registered(
+        monkeypatch, strength, channels, limit):
+    told = []
+    plain = hybrids.sample
+
+    def noted(*arguments, lines=None):
+        told.append(lines)
+        return plain(*arguments, lines=lines)
+
+    monkeypatch.setattr(hybrids, "sample", noted)
+    known = known_codes()
+    images = torch.zeros(len(known.y), channels, 16, 16, dtype=torch.uint8)
+    model = vae.VAE(channels, 16, 16, latent_dim=2, hidden=4, units=8).eval()
+    source = compare.Source(images, known, model, False)
+    source.pool(compare.ARMS["real+hybrid"], 12, deformations(strength), 0)
+    assert told == [limit]
 
 
 def test_weights_are_those_of_a_beta_of_four():
