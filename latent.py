@@ -839,7 +839,9 @@ def draw_review(data, found):
                 axes.set_axis_off()
                 continue
             caption = f"{float(line['sure']):.0%} {classes[line['likeliest']]}"
-            if line["label"]:
+            if "like" in line:
+                caption = "training, test"
+            elif line["label"]:
                 caption = f"{classes[line['label']]}; rather\n{caption}"
             rows = torch.tensor(line["rows"])
             common.show_images(axes, data.take(rows), len(rows), caption)
