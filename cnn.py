@@ -331,7 +331,7 @@ def augment(x, q, generator):
 
 
 def elastic(x, q, generator, scale=0.75, bend=1.5):
-    """As `augment`, but grey images bend as well: the best of 20 settings on MNIST and glyphs."""
+    """As `augment`, but grey images bend, too: the best of 20 settings on MNIST and glyphs."""
     if x.shape[1] == 3:
         return flip_crop(x, q, generator)
     return affine(x, q, generator, 15 * scale, 0.15 * scale, 0.1 * scale, 0.15 * scale, bend)

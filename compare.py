@@ -522,9 +522,9 @@ def parse_args(argv=None):
     add("--score", choices=["test", "validation"], default="test",
         help="images that the classifiers are scored on")
     add("--unlabelled", action=argparse.BooleanOptionalAction,
-        help="few labels, many images: the VAE learns from all images, and the labels of the n "
-        "are spread to images without one, or whose label is not looked at; if not given, so "
-        "where the data set has images without a label")
+        help="few labels, many images: the VAE learns from all images, and the labels of the "
+        "n are spread to images without one, or whose label is not looked at; if not given, "
+        "so where the data set has images without a label")
     add("--steps", type=common.number(int, 1),
         help="optimiser steps of every CNN; if not given, 300 to 4800 by number of images")
     add("--width", type=common.number(int, 1, 1024), default=24,

@@ -143,11 +143,11 @@ def render(points, codes, images, decode, residual=True, cut=None, morph=None,
 
     x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i
     it is x_i, so no sharpness is lost. The last points, all but a part `decoded`, do without
-    the decoder, which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as vae.Morph, parts
-    of both images are moved to where they meet before they are added; with `cut` (None: of
-    colour images) w is 0 in a rectangle drawn from `generator`, of area 1-t, and 1 elsewhere.
-    Points from the prior, and all without `residual`, are decode(z). `images`, uint8 or
-    float in [0,1], are the sources of the codes.
+    the decoder, which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as
+    vae.Morph, parts of both images are moved to where they meet before they are added; with
+    `cut` (None: of colour images) w is 0 in a rectangle drawn from `generator`, of area 1-t,
+    and 1 elsewhere. Points from the prior, and all without `residual`, are decode(z).
+    `images`, uint8 or float in [0,1], are the sources of the codes.
     """
     if points.i is None or not residual:
         made = [decode(z) for z in points.z.split(batch)]

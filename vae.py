@@ -583,7 +583,8 @@ def draw(history, model, deform, images, data, amp, generator):
     moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
     rows = torch.cat([still[:, None], moved.unflatten(0, (8, 7))], 1)
     common.tidy(moves, "How may they move?")
-    common.show_images(moves, rows.flatten(0, 1), 8, f"a training image, then {deform.words()}")
+    common.show_images(moves, rows.flatten(0, 1), 8,
+                       f"a training image, then {deform.words()}")
     return fig
 
 
