@@ -8024,7 +8024,7 @@ def test_make_all_tells_the_scripts_that_they_are_its_steps(made, tree):
 
 def test_the_demonstration_is_shorter_and_other_sets_are_not(tree):
     printed = make(tree, "-n", "all", "PYTHON=python")
-    assert "--seeds 4 --steps 150 --vae-steps 300" in printed
+    assert "--seeds 3 --steps 150 --vae-steps 300" in printed
     printed = make(tree, "-n", "all", "PYTHON=python", "DATASET=mnist")
     assert "--steps" not in printed
     assert "--seeds 5" in printed
