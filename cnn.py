@@ -539,7 +539,8 @@ def command(run, args):
     if uses_hybrids:
         saved = common.load(run, "hybrids", run.device, like=upstream)
         hybrids = (saved["images"], saved["q"])
-        move = moving(saved["flows"])
+        if saved["flows"].any():        # else nothing moves
+            move = moving(saved["flows"])
         sources.append(run.out / "hybrids.pt")
 
     torch.manual_seed(args.seed)                        # the initial weights
