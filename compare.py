@@ -79,7 +79,7 @@ ARMS = {                                # the first ten have a colour of their o
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
 BATCH = 64
 POOL = 50_000                           # most hybrids of a cell
-UNLABELLED = 20_000                     # most images that labels are spread to
+CODES = 20_000                          # most codes that a density is made of
 # What a row says of a classifier, and the highest value that each can have.
 SCORES = {"accuracy": 1, "balanced_accuracy": 1, "nll": 28, "brier": 2.01, "ece": 1.01,
           "temperature": 16, "scaled_nll": 28, "scaled_ece": 1.01, "noise": 1, "blur": 1,
@@ -115,6 +115,12 @@ class Source(NamedTuple):
         codes = vae.encode_all(self.model, images, self.amp)
         return self.codes.posterior(*codes).clamp(min=1e-9).log()
 
+    def beyond(self, n, classes):
+        """The images after the first n, and their labels one-hot; None if there are none."""
+        if len(self.images) == n:
+            return None
+        return self.images[n:], F.one_hot(self.codes.y[n:], classes).float()
+
     def pool(self, arm, count, deform, seed):
         """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
         morph = None
@@ -141,18 +147,20 @@ def source_of_subset(images, y, classes, seed, recipe) -> Source:
     return source_of(images, y, classes, model, recipe["amp"])
 
 
-def source_of_all(images, y, classes, recipe, model, unlabelled) -> Source:
+def source_of_all(images, y, classes, recipe, model, unlabelled, deform) -> Source:
     """Codes of n images and of unlabelled ones, which get their labels from the n."""
     images = torch.cat([images, unlabelled])
     mu, _ = vae.encode_all(model, images, recipe["amp"])
-    labels = latent.spread_labels(mu, y, classes)
+    distances = functools.partial(deform.distances, images)
+    labels = latent.spread_labels(mu, y, classes, distances, deform.strength)
     known = labels >= 0                 # without a label an image is of no use
     return source_of(images[known], labels[known], classes, model, recipe["amp"])
 
 
 def source_of(images, y, classes, model, amp) -> Source:
     mu, logvar = vae.encode_all(model, images, amp)
-    posterior = latent.teach(mu, logvar, y, classes)
+    some = latent.subsample(len(mu), CODES).to(mu.device)
+    posterior = latent.teach(mu[some], logvar[some], y[some], classes)
     return Source(images, latent.Codes(mu, logvar, y, posterior), model, amp)
 
 
@@ -190,15 +198,17 @@ def changes(name, deform):
     return []
 
 
-def train_cnn(arm, images, y, classes, made, deform, seed, recipe):
-    """The CNN of one arm on n real images, and on hybrids `made`: images and probabilities."""
+def train_cnn(arm, images, y, classes, made, spread, deform, seed, recipe):
+    """The CNN of one arm on n real images, on hybrids `made` and on images under labels that
+    were `spread` to them: images and probabilities, or None.
+    """
     generator = generator_for(images, seed)
     real = (images, F.one_hot(y, classes).float())
     move = None
     if arm.strategy and deform and deform.moves():
         move = cnn.moving(deform.repertoire(hybrids.FLOWS, generator))
     next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share,
-                             changes(arm.change, deform), move)
+                             changes(arm.change, deform), move, spread)
     torch.manual_seed(seed)             # the same initial weights for every arm
     model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
     model = model.to(images.device)
@@ -318,7 +328,7 @@ class Unit:
         """Made when it is first asked for; the arms share it."""
         labelled = (self.images, self.y, self.classes)
         if self.shared:
-            return source_of_all(*labelled, self.recipe, *self.shared)
+            return source_of_all(*labelled, self.recipe, *self.shared, self.deform)
         return source_of_subset(*labelled, self.seed, self.recipe)
 
     def row(self, name: str) -> dict:
@@ -331,13 +341,15 @@ class Unit:
             logits_of = self.source.classify
         else:
             made = None
+            spread = None
             deform = None               # fitted where it is needed
             if arm.change == "deform" or (arm.strategy and arm.deform):
                 deform = self.deform
             if arm.strategy:
                 count = min(POOL, BATCH * self.recipe["steps"])
                 made = self.source.pool(arm, count, deform, self.seed)
-            model = train_cnn(arm, self.images, self.y, self.classes, made, deform,
+                spread = self.source.beyond(len(self.y), self.classes)
+            model = train_cnn(arm, self.images, self.y, self.classes, made, spread, deform,
                               self.seed, self.recipe)
             logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
         return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,
@@ -602,7 +614,7 @@ def train_missing(run, args, grid: Grid) -> list:
     if recipe["unlabelled"] and units:
         images = torch.cat([grid.data.images[grid.pool.to(run.device)], grid.data.unlabelled])
         model = train_vae(images, 0, recipe)
-        shared = (model, images[latent.subsample(len(images), UNLABELLED)])
+        shared = (model, images[latent.subsample(len(images), latent.SPREAD)])
     work = functools.partial(run_unit, grid=grid, shared=shared)
     progress = common.Progress(len(units), "subsets", args.quiet)
     return run_grid(units, work, min(jobs, len(units)), threads, progress)

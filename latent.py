@@ -10,6 +10,7 @@ Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv r
 """
 import collections
 import csv
+import functools
 import io
 import itertools
 import math
@@ -306,27 +307,45 @@ def subsample(n, most):
     return torch.randperm(n, generator=generator)[:most].sort()[0]
 
 
-def neighbour_graph(mu, neighbours=10):
-    """Sparse weights V + V^T (N,N) of codes mu (N,D) and their nearest ones.
+def nearest_codes(mu, count):
+    """The nearest other codes of each of mu (N,D): their rows, squared distances (N,count)."""
+    count = min(count, len(mu) - 1)
+    rows = []
+    squares = []
+    for some in mu.split(max(1, 2**24 // len(mu))):
+        found = torch.cdist(some, mu).topk(count + 1, largest=False)
+        rows.append(found.indices[:, 1:])               # the nearest is the code itself
+        squares.append(found.values[:, 1:].square())
+    return torch.cat(rows), torch.cat(squares)
 
-    V_ij = exp(-(d_ij / d_ik)^2), d_ik the distance from i to its last neighbour.
+
+def neighbour_graph(mu, distances=None, share=0.0, neighbours=7):
+    """Sparse weights V + V^T (N,N), on the CPU, of codes mu (N,D) and their nearest ones.
+
+    V_ij = exp(-d_ij / d_ik), d the squared distance, k the last neighbour. A part `share` of
+    d is that of the images behind the codes, `distances`: rows (N,M) -> (N,M); each kind is
+    measured in that of the last neighbour.
     """
-    n = len(mu)
-    k = min(neighbours + 1, n)          # the nearest is the code itself
-    distances = []
-    nearest = []
-    for some in mu.split(max(1, 2**24 // n)):
-        found = torch.cdist(some, mu).topk(k, largest=False)
-        distances.append(found.values[:, 1:].cpu())
-        nearest.append(found.indices[:, 1:].cpu())
-    distance = torch.cat(distances)
-    nearest = torch.cat(nearest)
-    scale = distance[:, -1:].clamp(min=1e-12)
-    weight = (-(distance / scale).square()).exp()
-    rows = torch.arange(n).repeat_interleave(k - 1)
-    pairs = torch.stack([rows, nearest.flatten()])
-    graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (n, n), check_invariants=False)
+    near, square = nearest_codes(mu, 50 if share else neighbours)
+    square = in_neighbours(square, neighbours)
+    if share:
+        moved = in_neighbours(distances(near), neighbours)
+        square = share * moved + (1 - share) * square
+        square, order = square.topk(min(neighbours, near.shape[1]), largest=False)
+        near = near.gather(1, order)
+    weight = (-in_neighbours(square, neighbours)).exp().cpu()
+    rows = torch.arange(len(mu)).repeat_interleave(near.shape[1])
+    pairs = torch.stack([rows, near.flatten().cpu()])
+    graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (len(mu), len(mu)),
+                                    check_invariants=False)
     return (graph + graph.T).coalesce()
+
+
+def in_neighbours(square, neighbours):
+    """Squared distances (N,M), each row measured in the one to its k-th neighbour."""
+    k = min(neighbours, square.shape[1])
+    last = square.topk(k, largest=False).values[:, -1:]
+    return square / last.clamp(min=1e-12)
 
 
 def spread(graph, rows, labels, classes, alpha=0.99, rounds=100):
@@ -360,12 +379,13 @@ def labels_agree(graph, y, classes, alpha=0.99) -> bool:
     return bool(torch.cat(right).float().mean() > 0.5 + 0.5 / classes)
 
 
-def spread_labels(mu, y, classes, neighbours=10, alpha=0.99):
+def spread_labels(mu, y, classes, distances=None, share=0.0, neighbours=7, alpha=0.99):
     """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives.
 
     None arrives anywhere, if the labels do not predict each other: they would mislead.
+    `distances` and `share` as of `neighbour_graph`.
     """
-    graph = neighbour_graph(mu.float(), neighbours)
+    graph = neighbour_graph(mu.float(), distances, share, neighbours)
     given = y.cpu().long()
     rows = given.argsort(stable=True)
     found = spread(graph, rows, given[rows], classes, alpha)[len(y):]
@@ -455,8 +475,7 @@ def parse_args(argv=None):
     parser = flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
     add("--codes", type=number(int, 2), default=20_000,
-        help="highest number of codes that the density is made of, and of images without a "
-        "label that one is spread to")
+        help="highest number of codes that the density is made of")
     add("--review", action="store_true",
         help="write review.csv and review.png as well: which labels to look at next")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
@@ -659,6 +678,7 @@ def worth(q, y) -> dict:
             "reliability": common.reliability(q, y)}
 
 
+SPREAD = 60_000                         # most images that labels are spread to
 REVIEWED = 100                          # most images of a kind in review.csv
 WHY = ("label looks wrong", "label would teach most", "nearly a training image")
 COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "like"]
@@ -679,20 +699,23 @@ class Part(NamedTuple):
         return Part(self.name, *(column[some] for column in self[1:]))
 
 
-def with_spread(mu, given, classes, most):
-    """Labels (N,) of codes mu (N,D): the given ones and, where these are -1, spread ones.
+def with_spread(part, data, deform):
+    """Labels (N,) of a part: the given ones and, where these are -1, spread ones.
 
-    To at most `most` of the codes without a label, from at most so many with one. Says what
+    To at most SPREAD of the images without a label, from at most so many with one. Says what
     became of it.
     """
-    known = (given >= 0).nonzero()[:, 0]
-    without = (given < 0).nonzero()[:, 0]
+    known = (part.given >= 0).nonzero()[:, 0]
+    without = (part.given < 0).nonzero()[:, 0]
     if not len(without):
-        return given
-    known = known[subsample(len(known), most).to(mu.device)]
-    asked = without[subsample(len(without), most).to(mu.device)]
-    found = spread_labels(mu[torch.cat([known, asked])], given[known], classes)
-    labels = given.clone()
+        return part.given
+    known = known[subsample(len(known), SPREAD).to(known.device)]
+    asked = without[subsample(len(without), SPREAD).to(known.device)]
+    some = torch.cat([known, asked])
+    distances = functools.partial(deform.distances, data.take(part.rows[some]))
+    found = spread_labels(part.mu[some], part.given[known], len(data.classes), distances,
+                          deform.strength)
+    labels = part.given.clone()
     labels[asked] = found[len(known):]
     count = int((labels[asked] >= 0).sum())
     if count:
@@ -880,7 +903,7 @@ def report(metrics):
 
 def command(run, args):
     import common
-    from vae import VAE, encode_all
+    from vae import VAE, Deformations, encode_all
     if args.image or args.point:
         return answer(run, args)
     upstream = common.load(run, "vae", run.device, VAE.restore)
@@ -895,7 +918,8 @@ def command(run, args):
         return Part(name, rows, y, y, *encode_all(model, data.take(rows), run.amp))
 
     train = encoded("train", upstream["rows"])
-    train = train._replace(y=with_spread(train.mu, train.given, classes, args.codes))
+    deform = Deformations.restore(upstream, run.device)
+    train = train._replace(y=with_spread(train, data, deform))
     validation = encoded("validation", common.split(data)[1])
     fitting = subsample(len(validation.rows), 2000).to(run.device)
     every = len(data.names)

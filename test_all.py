@@ -752,6 +752,37 @@ def test_labels_are_spread_along_the_clusters_and_not_across():
     assert (y[nearest] == y).float().mean() < 0.9       # the nearest label would not do
 
 
+def shuffled_neighbours(near):
+    """Squared distances that turn the order of all 30 codes about."""
+    return near.float() + 1
+
+
+def graph_by_hand(mu, share, k=4):
+    """The weights of `neighbour_graph` (30,30), all pairs at once."""
+    square = torch.cdist(mu, mu).square()
+    others = shuffled_neighbours(torch.arange(30).expand(30, 30)).clone()
+    for distances in (square, others):
+        distances.fill_diagonal_(1e9)
+        distances /= distances.topk(k, largest=False).values[:, -1:]
+    mixed = (1 - share) * square + share * others
+    last = mixed.topk(k, largest=False).values[:, -1:]
+    weight = (-mixed / last).exp() * (mixed <= last)
+    return weight + weight.T
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75, 1.0])
+def test_the_graph_mixes_distances_of_codes_and_of_images(share):
+    mu, _, _ = codes(30, 3)
+    graph = latent.neighbour_graph(mu, shuffled_neighbours, share, neighbours=4)
+    assert torch.allclose(graph.to_dense(), graph_by_hand(mu, share), atol=1e-6)
+
+
+def test_without_a_share_images_are_not_looked_at():
+    mu, _, _ = codes(30, 3)
+    graph = latent.neighbour_graph(mu, None, 0.0, neighbours=4)
+    assert torch.allclose(graph.to_dense(), graph_by_hand(mu, 0.0), atol=1e-6)
+
+
 def test_label_spreading_solves_its_equation():
     mu, _, y = codes(30, 3)
     distance, near = torch.cdist(mu, mu).sort(1)
@@ -2314,6 +2345,78 @@ def test_images_of_one_class_say_that_they_do_not_move():
     deform = TRUE_FIT(x, torch.zeros(40).long(), seeded())
     assert not deform.moves()           # what they are is known whatever they do
     assert deform.directions.isfinite().all()
+
+
+# ---- tangents: how far apart are images that may move? --------------------------------------
+
+def blob(down=0.0, right=0.0, side=24):
+    """A smooth blob (1,1,side,side), so many pixels from the middle."""
+    place = torch.arange(side) - side / 2 + 0.5
+    rows = (-(place - down).square() / 18).exp()
+    columns = (-(place - right).square() / 18).exp()
+    return (rows[:, None] * columns)[None, None]
+
+
+def test_tangents_are_derivatives_of_warped_images():
+    x = vae.blur(torch.rand(2, 1, 16, 16, generator=seeded()), 1.5)
+    deform = deformations(1.0)
+    found = vae.tangents(x, deform.directions)
+    for k in range(3):
+        w = 1e-2 * F.one_hot(torch.tensor([k, k]), 3).float()
+        change = (vae.warp(x, deform.flow(w)) - vae.warp(x, deform.flow(-w))) / 2e-2
+        inside = (change - found[:, :, k].view_as(x))[..., 1:-1, 1:-1]
+        assert inside.abs().mean() < 0.05 * change.abs().mean()
+
+
+def shifts(strength):
+    """Deformations that know only shifts to the right, by a sixth of the side or so."""
+    directions = torch.zeros(2, 28, 1)
+    directions[0, 2] = 1 / 3
+    return vae.Deformations(directions.flatten(0, 1), 24, 24, strength)
+
+
+def test_an_image_is_near_what_a_learned_movement_makes_of_it():
+    x = torch.cat([blob(), blob(right=2), blob(down=2)])
+    near = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    moved = shifts(1.0).distances(x, near)
+    still = shifts(0.0).distances(x, near)
+    assert still[0, 0] == approx(float(still[0, 1]))         # both are as far, as pixels see it
+    assert moved[0, 0] < 0.2 * still[0, 0]
+    assert moved[0, 1] > 0.9 * still[0, 1]
+
+
+def test_without_strength_distances_are_those_of_blurred_pixels():
+    x = torch.rand(5, 1, 24, 24, generator=seeded())
+    near = torch.tensor([[k for k in range(5) if k != row] for row in range(5)])
+    pixels = F.avg_pool2d(vae.blur(x, 1), 2).flatten(1)
+    wanted = torch.cdist(pixels, pixels).square().gather(1, near)
+    assert torch.allclose(shifts(0.0).distances(x, near), wanted, rtol=1e-4)
+
+
+def test_distances_are_the_least_over_deformations():
+    """Of |difference - T w|^2 + noise |w|^2, found by least squares."""
+    x = vae.blur(torch.rand(4, 1, 24, 24, generator=seeded()), 2)
+    near = torch.tensor([[1, 2], [2, 3], [3, 0], [0, 1]])
+    deform = deformations(0.5, height=24, width=24)
+    small = F.avg_pool2d(vae.blur(x, 1), 2)
+    pixels = small.flatten(1)
+    noise = (pixels[near[:, 0]] - pixels).square().mean() / 2 + 1e-6
+    slopes = vae.tangents(small, 0.5 * deform.directions)
+    found = deform.distances(x, near)
+    for i in range(4):
+        tall = torch.cat([slopes[i], noise.sqrt() * torch.eye(3)])
+        for k in range(2):
+            goal = torch.cat([pixels[near[i, k]] - pixels[i], torch.zeros(3)])
+            w = torch.linalg.lstsq(tall, goal[:, None]).solution
+            assert found[i, k] == approx(float((goal - (tall @ w)[:, 0]).square().sum()), rel=1e-3)
+
+
+def test_distances_of_bytes_and_of_colours_are_those_of_their_mean():
+    x = as_bytes(torch.rand(3, 3, 24, 24, generator=seeded()))
+    near = torch.tensor([[1], [2], [0]])
+    grey = (x / 255).mean(1, keepdim=True)
+    assert torch.allclose(shifts(0.5).distances(x, near), shifts(0.5).distances(grey, near),
+                          rtol=1e-4)
 
 
 # ---- what deformations do -------------------------------------------------------------------
@@ -6501,6 +6604,7 @@ def note_grid(tmp_path_factory, tiny, *words):
         fits = note_fits(patch, cnn)
         pools = note_calls(patch, hybrids, "make")
         moves = note_calls(patch, cnn, "moving")
+        sources = note_calls(patch, cnn, "batches")
         asked = note_deformations(patch)
         noted.scores = note_calls(patch, compare, "evaluate")
         facts = compared(out, "--dataset", tiny, "--sizes", 12, "--seeds", 1, "--seed", 3,
@@ -6512,6 +6616,7 @@ def note_grid(tmp_path_factory, tiny, *words):
     noted.subset = common.subset(noted.data, noted.pool, 12, 3)
     trained = [arm for arm in noted.rows if arm != "latent posterior"]
     noted.fits = dict(zip(trained, fits, strict=True))
+    noted.sources = {arm: given for arm, (given, _) in zip(trained, sources, strict=True)}
     mixed = [arm for arm in trained if compare.ARMS[arm].strategy]
     pools = [Pool(*arguments, *result) for arguments, result in pools]
     noted.pools = dict(zip(mixed, pools, strict=True))
@@ -7634,7 +7739,7 @@ def test_the_labels_that_they_get_are_right(semi):
 
 
 def test_labels_are_spread_to_at_most_so_many_images(semi, monkeypatch):
-    monkeypatch.setattr(compare, "UNLABELLED", 50)
+    monkeypatch.setattr(latent, "SPREAD", 50)
     spec = semi.data.source["spec"]
     facts = compared(semi.out, "--dataset", spec, "--sizes", 12, "--seeds", 1, "--seed", 4,
                      "--steps", 2, "--width", 4, "--vae-steps", 150, "--unlabelled",
@@ -7667,13 +7772,23 @@ def test_the_classifier_sees_labelled_images_only(semi):
     assert used == set(semi.subset.tolist())
 
 
+def test_classifiers_of_hybrids_also_see_real_images_under_spread_labels(semi):
+    for arm in ("real+hybrid", "augment+hybrid"):
+        images, q = semi.sources[arm][-1]
+        pool = semi.pools[arm]
+        assert torch.equal(images, pool.images[12:])
+        assert torch.equal(q, one_hot(pool.codes.y[12:]))
+    assert semi.sources["real"][-1] is None
+
+
 def test_labels_that_mislead_are_not_spread():
     x, y = easy(300)
     recipe = {"vae_steps": 120, "latent_dim": 2, "amp": False}
     model = compare.train_vae(x, 0, recipe)
     wrong = torch.arange(12) % 5
-    spread = compare.source_of_all(x[:12], y[:12], 3, recipe, model, x)
-    misled = compare.source_of_all(x[:12], wrong, 5, recipe, model, x)
+    still = deformations(0.0, False)
+    spread = compare.source_of_all(x[:12], y[:12], 3, recipe, model, x, still)
+    misled = compare.source_of_all(x[:12], wrong, 5, recipe, model, x, still)
     assert len(spread.images) == 312
     assert len(misled.images) == 12
 

@@ -321,6 +321,32 @@ class Deformations:
             x = warp(x, self.sample(len(x), generator))
         return x, q
 
+    def distances(self, images, near):
+        """Squared distances (N,k) from images (N,C,H,W) as of `as_input` to those in the rows
+        near (N,k), once each has come as close to them as a deformation brings it.
+
+        The tangent distance (Simard et al. 1993): a deformation w moves an image along its
+        tangents, by `tangents`, and costs |w|^2, so that the likelier ones are free to act.
+        """
+        x = small(torch.cat([as_input(part).mean(1, keepdim=True)
+                             for part in images.split(1000)]))
+        x = F.avg_pool2d(blur(x, 1), 2)                 # tangents hold for smooth images
+        pixels = x.flatten(1)
+        # What no deformation explains, per pixel: half of what is between nearest images.
+        some = torch.linspace(0, len(x) - 1, min(len(x), 1000), device=x.device).long()
+        noise = (pixels[near[some, 0]] - pixels[some]).square().mean() / 2 + 1e-6
+        parts = []
+        for rows in torch.arange(len(x), device=x.device).split(250):
+            difference = pixels[near[rows]] - pixels[rows, None]            # (B,k,P)
+            tangent = tangents(x[rows], self.strength * self.directions)    # (B,P,R)
+            along = difference @ tangent
+            square = tangent.mT @ tangent
+            square.diagonal(dim1=1, dim2=2).add_(noise)
+            w = torch.linalg.solve(square, along.mT).mT                     # (B,k,R)
+            explained = (along * w).sum(2)
+            parts.append((difference.square().sum(2) - explained).clamp(min=0))
+        return torch.cat(parts)
+
 
 def flow_functions(height, width, device=None):
     """What flows are sums of (28,H,W): x, y, 1, and a smooth bump for each node of a grid."""
@@ -361,6 +387,18 @@ def warp(x, flow):
     places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
     places = places + flow / half_sides(height, width, x.device)
     return F.grid_sample(x, places, padding_mode="border", align_corners=False)
+
+
+def tangents(x, directions):
+    """How images x (B,1,H,W) change along directions (56,R) of flows: (B,H W,R)."""
+    height, width = x.shape[2:]
+    framed = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    right = (framed[:, 0, 1:-1, 2:] - framed[:, 0, 1:-1, :-2]).flatten(1) / 2
+    down = (framed[:, 0, 2:, 1:-1] - framed[:, 0, :-2, 1:-1]).flatten(1) / 2
+    functions = flow_functions(height, width, x.device).flatten(1)          # (28,H W)
+    moves = functions.T @ directions.unflatten(0, (2, -1))                  # (2,H W,R)
+    across, along = moves * half_sides(height, width, x.device)[:, None, None]
+    return right[:, :, None] * across + down[:, :, None] * along
 
 
 def blur(x, sigma):
