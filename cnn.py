@@ -204,23 +204,6 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
     of what is drawn from real images `LABELLED` are of those with a given label, or more, if
     there are more.
     """
-    labelled = 1.0
-    if spread:
-        labelled = max(LABELLED, len(real[1]) / (len(real[1]) + len(spread[1])))
-
-    def take(source, count, generator):
-        images, q = source
-        rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
-        return as_input(images[rows]), q[rows]
-
-    def take_real(count, generator):
-        given = round(labelled * count)
-        x, q = take(real, given, generator)
-        if given == count:
-            return x, q
-        spread_x, spread_q = take(spread, count - given, generator)
-        return torch.cat([x, spread_x]), torch.cat([q, spread_q])
-
     def next_batch(generator, done):
         count = 0
         if hybrids or mix:
@@ -229,8 +212,8 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
         if hybrids:
             x, q = take(hybrids, count, generator)
         else:
-            x, q = take_real(count, generator)
-        real_x, real_q = take_real(size - count, generator)
+            x, q = take_real(real, spread, count, generator)
+        real_x, real_q = take_real(real, spread, size - count, generator)
         if mix:
             x, q = mix(x, q, generator)
         if move:
@@ -242,6 +225,24 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
         return x, q
 
     return next_batch
+
+
+def take(source, count, generator):
+    """`count` images of a source, drawn at random, and their probabilities."""
+    images, q = source
+    rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
+    return as_input(images[rows]), q[rows]
+
+
+def take_real(real, spread, count, generator):
+    """`count` real images; where labels were spread, some of each kind."""
+    if not spread:
+        return take(real, count, generator)
+    part = len(real[1]) / (len(real[1]) + len(spread[1]))
+    given = round(max(LABELLED, part) * count)
+    x, q = take(real, given, generator)
+    spread_x, spread_q = take(spread, count - given, generator)
+    return torch.cat([x, spread_x]), torch.cat([q, spread_q])
 
 
 def share_at(done: float, share) -> float:

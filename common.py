@@ -625,7 +625,7 @@ def as_images(*arrays):
             f"the highest pixels of training and test are {highest}; wanted one scale")
     images = []
     for array in shaped:
-        array = np.ascontiguousarray(to_bytes(array, white))    # torch wants no other
+        array = np.ascontiguousarray(to_bytes(array, white))    # whatever the file's layout
         images.append(torch.from_numpy(array))
     if all(array.dtype == np.uint8 for array in shaped):
         white = 1

@@ -327,7 +327,7 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
         common.show_images(axes, image[None], 1, text)
         axes.xaxis.labelpad = 15                        # below the bar
         left = 0.0
-        for c in row.argsort(descending=True)[:4].tolist():     # others would be hairlines
+        for c in row.argsort(descending=True)[:4].tolist():
             share = float(row[c])
             axes.barh(-0.09, share, 0.07, left, transform=axes.transAxes, clip_on=False,
                       color=common.COLOURS[c % 10], edgecolor="white", linewidth=0.5)

@@ -89,7 +89,7 @@ class VAE(nn.Module):
         """x (B,C,H,W) -> logits of one draw from q(z|x), mu, logvar."""
         mu, logvar = self.encode(x)
         noise = torch.randn(mu.shape, device=mu.device, generator=generator)
-        z = mu + noise * (logvar / 2).exp()             # reparameterised: mu gets a gradient
+        z = mu + noise * (logvar / 2).exp()             # so mu and logvar get gradients
         return self.logits(z), mu, logvar
 
 
