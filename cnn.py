@@ -174,7 +174,7 @@ def predict(model, images, amp=False, batch=200):
     """Logits float32 (N,K) of images (N,C,H,W): uint8, or floats in [0,1]."""
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return torch.cat([model(as_input(chunk)).float() for chunk in images.split(batch)])
+        return torch.cat([model(as_input(part)) for part in images.split(batch)]).float()
 
 
 def as_input(images):
@@ -204,23 +204,6 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
     of what is drawn from real images `LABELLED` are of those with a given label, or more, if
     there are more.
     """
-    labelled = 1.0
-    if spread:
-        labelled = max(LABELLED, len(real[1]) / (len(real[1]) + len(spread[1])))
-
-    def take(source, count, generator):
-        images, q = source
-        rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
-        return as_input(images[rows]), q[rows]
-
-    def take_real(count, generator):
-        given = round(labelled * count)
-        x, q = take(real, given, generator)
-        if given == count:
-            return x, q
-        spread_x, spread_q = take(spread, count - given, generator)
-        return torch.cat([x, spread_x]), torch.cat([q, spread_q])
-
     def next_batch(generator, done):
         count = 0
         if hybrids or mix:
@@ -229,8 +212,8 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
         if hybrids:
             x, q = take(hybrids, count, generator)
         else:
-            x, q = take_real(count, generator)
-        real_x, real_q = take_real(size - count, generator)
+            x, q = take_real(real, spread, count, generator)
+        real_x, real_q = take_real(real, spread, size - count, generator)
         if mix:
             x, q = mix(x, q, generator)
         if move:
@@ -244,6 +227,24 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
     return next_batch
 
 
+def take(source, count, generator):
+    """`count` images of a source, drawn at random, and their probabilities."""
+    images, q = source
+    rows = torch.randint(len(images), (count,), device=q.device, generator=generator)
+    return as_input(images[rows]), q[rows]
+
+
+def take_real(real, spread, count, generator):
+    """`count` real images; where labels were spread, some of each kind."""
+    if not spread:
+        return take(real, count, generator)
+    part = len(real[1]) / (len(real[1]) + len(spread[1]))
+    given = round(max(LABELLED, part) * count)
+    x, q = take(real, given, generator)
+    spread_x, spread_q = take(spread, count - given, generator)
+    return torch.cat([x, spread_x]), torch.cat([q, spread_q])
+
+
 def share_at(done: float, share) -> float:
     """share = (at first, in the end): the first half, the last quarter, and linear between."""
     first, last = share
@@ -253,9 +254,9 @@ def share_at(done: float, share) -> float:
 
 # ---- augmentations: (x, q, generator) -> (x, q), parameters drawn for each image by itself --
 
-def uniform(x, low, high, generator):
-    """(B,) numbers from [low, high), on the device of x."""
-    return low + (high - low) * torch.rand(len(x), device=x.device, generator=generator)
+def uniform(x, generator):
+    """(B,) numbers from [0, 1), on the device of x."""
+    return torch.rand(len(x), device=x.device, generator=generator)
 
 
 def moving(flows):
@@ -288,7 +289,7 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15, ben
     `bend`, in pixels: the deviation of smooth random displacements (Simard et al. 2003).
     """
     def up_to(limit):
-        return uniform(x, -limit, limit, generator)
+        return 2 * limit * uniform(x, generator) - limit
 
     turn = up_to(math.radians(degrees))
     slant = up_to(shear)
@@ -299,15 +300,15 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15, ben
     cos, sin = turn.cos(), turn.sin()
     # From the pixels of the result to those of x, as affine_grid wants it: both sides are 2
     # units long, so that an angle needs their true ratio.
-    tall = x.shape[2] / x.shape[3]
+    height, width = x.shape[2:]
+    tall = height / width
     rows = torch.stack([cos * wide, (slant * cos - sin) * high * tall, right,
                         sin * wide / tall, (slant * sin + cos) * high, down], 1)
-    rows = rows.view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(x.shape), align_corners=False)
+    grid = F.affine_grid(rows.view(-1, 2, 3), list(x.shape), align_corners=False)
     if bend:
         nodes = torch.randn(len(x), 2, 5, 5, device=x.device, generator=generator)
-        wave = F.interpolate(nodes, x.shape[2:], mode="bicubic", align_corners=True)
-        sides = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+        wave = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
+        sides = torch.tensor([width, height], device=x.device)
         grid = grid + wave.permute(0, 2, 3, 1) * 2 * bend / sides
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False), q
 
@@ -315,12 +316,13 @@ def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15, ben
 def flip_crop(x, q, generator, pad=4):
     """Mirror half of them, shift each by up to `pad` pixels, edges reflected: for colour."""
     size = 2 * pad + 1
-    mirrored = uniform(x, 0, 1, generator) < 0.5
+    mirrored = uniform(x, generator) < 0.5
     x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     down, right = torch.randint(size, (2, len(x)), device=x.device, generator=generator)
     # A view of all shifts (B,C,size,size,H,W), and one shift of each image copied from it.
-    padded = F.pad(x, (pad, pad, pad, pad), mode="reflect")
-    shifts = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
+    height, width = x.shape[2:]
+    padded = F.pad(x, [pad] * 4, mode="reflect")
+    shifts = padded.unfold(2, height, 1).unfold(3, width, 1)
     return shifts[torch.arange(len(x), device=x.device), :, down, right], q
 
 
@@ -343,7 +345,7 @@ def random_beta(x, alpha, generator):
     grid = torch.linspace(-reach, reach, 4097, device=x.device)
     log_density = min(alpha, 1e6) * (F.logsigmoid(grid) + F.logsigmoid(-grid))
     mass = log_density.softmax(0).cumsum(0)
-    place = torch.searchsorted(mass, uniform(x, 0, 1, generator) * mass[-1])
+    place = torch.searchsorted(mass, uniform(x, generator) * mass[-1])
     return grid[place].sigmoid()
 
 
@@ -358,8 +360,8 @@ def mixup(x, q, generator, alpha=math.inf):
 def cutmix(x, q, generator, alpha=1.0):
     """A rectangle of another image pasted in, labels by area (Yun et al. 2019)."""
     side = (1 - random_beta(x, alpha, generator)).sqrt()
-    rows = covered(x.shape[2], uniform(x, 0, 1, generator), side)
-    columns = covered(x.shape[3], uniform(x, 0, 1, generator), side)
+    rows = covered(x.shape[2], uniform(x, generator), side)
+    columns = covered(x.shape[3], uniform(x, generator), side)
     inside = rows[:, :, None] & columns[:, None, :]
     t = 1 - inside.float().mean((1, 2))[:, None]       # what the border cut off counts as kept
     other = torch.randperm(len(x), device=x.device, generator=generator)
@@ -432,8 +434,8 @@ def draw_confusion(axes, q, y, classes):
     """How often an image of one class (rows) is taken for another (columns), in %."""
     import common
     k = len(classes)
-    counts = torch.zeros(k, k)
-    counts.index_put_((y, q.argmax(1)), torch.ones(len(y)), accumulate=True)
+    pairs = k * y + q.argmax(1)         # each pair of true and predicted class has a number
+    counts = pairs.bincount(minlength=k * k).view(k, k)
     rates = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     common.tidy(axes, "Which classes does it confuse?", "predicted",
                 "true (numbers: % of the row)")
@@ -457,10 +459,15 @@ def answer(run, path):
     saved = common.load(run, "cnn", restore=CNN.restore)
     model = CNN.restore(saved)
     classes = saved["dataset"]["classes"]
+
+    def percentages(file):
+        image, report = common.read_like(file, saved["dataset"])
+        q = predict(model, image).softmax(1)
+        return q[0], report
+
     if not path.is_dir():
-        image, report = common.read_like(path, saved["dataset"])
-        print(report)
-        print(common.ranking(predict(model, image)[0].softmax(0), classes))
+        q, report = percentages(path)
+        print(report, common.ranking(q, classes), sep="\n")
         return
     files = common.pictures_in(path, [])
     common.require(files, f"{path} holds no images ({' '.join(common.IMAGE_FILES)})")
@@ -469,14 +476,14 @@ def answer(run, path):
     failed = 0
     for file in sorted(map(Path, files)):
         try:
-            image, report = common.read_like(file, saved["dataset"])
+            q, report = percentages(file)
         except common.Mistake as error:
             failed += 1
             print(error, file=sys.stderr)
             continue
         print(report, file=sys.stderr)
-        q = predict(model, image)[0].softmax(0)
-        table.writerow([file, classes[int(q.argmax())]] + [f"{p:.4f}" for p in q.tolist()])
+        numbers = [f"{p:.4f}" for p in q.tolist()]
+        table.writerow([file, classes[int(q.argmax())], *numbers])
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
@@ -507,52 +514,54 @@ def with_spread_labels(run, data, upstream):
     return data.take(rows[guessed]), q
 
 
+def load_hybrids(run, upstream):
+    """The hybrids and their percentages, and what moves real images, None if nothing does."""
+    import common
+    saved = common.load(run, "hybrids", run.device, like=upstream)
+    move = None
+    if saved["flows"].any():
+        move = moving(saved["flows"])
+    return (saved["images"], saved["q"]), move
+
+
 def command(run, args):
     import common
     if args.predict:
         return answer(run, args.predict)
-    sources = []
-    upstream = None
     share = (args.hybrid_fraction[0], args.hybrid_fraction[-1])
-    uses_hybrids = any(share)
-    if uses_hybrids or (run.out / "vae.pt").exists():
+    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
+    sources = []                        # the files that the result depends on
+    upstream = None
+    if any(share) or (run.out / "vae.pt").exists():
         upstream = common.load(run, "vae", run.device)
         sources.append(run.out / "vae.pt")
     data = common.load_dataset(run, upstream)
-    pool, validation = common.split(data)
-    validation = validation.to(run.device)
+    rows, validation = common.split(data)
     if args.images:
-        rows = common.subset(data, pool, args.images, args.seed)
+        rows = common.subset(data, rows, args.images, args.seed)
         common.say_if_few(args.images, data)
-    else:
-        rows = upstream["rows"] if upstream else pool
-    classes = len(data.classes)
-    rows = rows.to(run.device)
+    elif upstream:
+        rows = upstream["rows"]
     spread = None
-    if rows.max() >= len(data.images):
+    if rows.max() >= len(data.images):  # these have no label of their own
         spread = with_spread_labels(run, data, upstream)
         sources.append(run.out / "latent.pt")
     rows = rows[rows < len(data.images)]
-    real = (data.images[rows], F.one_hot(data.labels[rows], classes).float())
+    real = (data.images[rows], F.one_hot(data.labels[rows], len(data.classes)).float())
     hybrids = None
     move = None
-    if uses_hybrids:
-        saved = common.load(run, "hybrids", run.device, like=upstream)
-        hybrids = (saved["images"], saved["q"])
-        if saved["flows"].any():        # else nothing moves
-            move = moving(saved["flows"])
+    if any(share):
+        hybrids, move = load_hybrids(run, upstream)
         sources.append(run.out / "hybrids.pt")
+    else:                               # then it is the share of --mixup and --cutmix
+        share = (1.0, 0.0)
 
     torch.manual_seed(args.seed)                        # the initial weights
-    model = CNN(data.images.shape[1], classes, args.width, max(data.images.shape[2:]))
-    model = model.to(run.device)
+    channels, *sides = data.images.shape[1:]
+    model = CNN(channels, len(data.classes), args.width, max(sides)).to(run.device)
     net, size, generator = common.distribute(model, run, args.batch_size)
-    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
-    if not uses_hybrids:                # then it is the share of --mixup and --cutmix
-        share = (1.0, 0.0)
     transforms = [augment] if args.augment else []
     next_batch = batches(real, size, hybrids, mixer(args), share, transforms, move, spread)
-
     marks = [common.fingerprint(source) for source in sources]
     last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, net, made_from=marks)
     for row in fit(net, next_batch, steps=args.steps, lr=args.lr, amp=run.amp,
@@ -568,8 +577,9 @@ def command(run, args):
     q = predict(model, data.test_images, run.amp).softmax(1)
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
                "real_images": len(rows), "spread_images": guesses}
-    common.write(run.out / "cnn.png", draw(last.history, q.cpu(), data.test_labels.cpu(),
-                                           common.legible(data.classes)))
+    picture = draw(last.history, q.cpu(), data.test_labels.cpu(),
+                   common.legible(data.classes))
+    common.write(run.out / "cnn.png", picture)
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
                 model=model.cpu().state_dict())
     if guesses:

@@ -261,7 +261,7 @@ def settings(args) -> dict:
     """The flags that can change a result, for the files."""
     others = ("out script writes resume quiet export image point predict jobs gather "
               "review").split()
-    return {key: value for key, value in sorted(vars(args).items()) if key not in others}
+    return {key: vars(args)[key] for key in sorted(vars(args).keys() - others)}
 
 
 def lock_folder(out: Path) -> list:
@@ -462,22 +462,29 @@ def check(data: Dataset, side: int):
            "images with and without a label differ in shape")
     height, width = x.shape[2:]
     expect(height and width, f"images of {height}x{width} pixels")
-    values = y.unique()
-    unknown = sorted(set(y_test.tolist()) - set(values.tolist()))
+    kinds = y.unique()
+    values = kinds.tolist()
+    names = data.classes or values
+    unknown = sorted(set(y_test.tolist()) - set(values))
     spoken = dict(enumerate(data.classes or []))
     unknown = [spoken.get(value, value) for value in unknown[:5]]
     expect(not unknown, f"labels {unknown} are in test but not in training")
     expect(len(values) > 1, "only one class; percentages need two or more")
-    names = data.classes or values.tolist()
-    if len(names) > len(values) and set(values.tolist()) <= set(range(len(names))):
-        names = [names[value] for value in values.tolist()]     # some classes have no image
+    if len(names) > len(values) and set(values) <= set(range(len(names))):
+        names = [names[value] for value in values]      # some classes have no image
     expect(len(names) == len(values), f"{len(names)} names for {len(values)} classes")
 
     data.name = readable(data.name)
     data.classes = [readable(str(name)) for name in names]
-    data.labels = torch.searchsorted(values, y)
-    data.test_labels = torch.searchsorted(values, y_test)
-    parts = [x, x_test, data.unlabelled]
+    data.labels = torch.searchsorted(kinds, y)
+    data.test_labels = torch.searchsorted(kinds, y_test)
+    fit_pixels(data, side)
+
+
+def fit_pixels(data: Dataset, side: int):
+    """Colour that is none becomes grey, for all images or for none; sides 16 to 64."""
+    height, width = data.images.shape[2:]
+    parts = [data.images, data.test_images, data.unlabelled]
     if all(is_grey(part) for part in parts if len(part)):
         parts = [to_grey(part) for part in parts]
     if max(height, width) > 64 or min(height, width) < 16:
@@ -494,17 +501,20 @@ def readable(name: str) -> str:
 
 def repeated_images(data: Dataset) -> list:
     """Remarks on images that training has, and that should measure what it has learnt."""
+    def marks(images):
+        return [hash(image.tobytes()) for image in images.numpy()]
+
     pool, validation = split(data)
-    labelled = {hash(image.tobytes()) for image in data.images[pool].numpy()}
+    known = set(marks(data.images[pool]))
     remarks = []
-    without = [hash(image.tobytes()) for image in data.unlabelled.numpy()]
-    count = sum(mark in labelled for mark in without)
+    without = marks(data.unlabelled)
+    count = sum(mark in known for mark in without)
     if count:
         remarks.append(f"{count:,} of {len(without):,} images without a label are there with "
                        "one, too, pixel for pixel; move them, do not copy")
-    known = labelled.union(without)
+    known.update(without)
     for part, images in (("validation", data.images[validation]), ("test", data.test_images)):
-        count = sum(hash(image.tobytes()) in known for image in images.numpy())
+        count = sum(mark in known for mark in marks(images))
         if count:
             remarks.append(f"{count:,} of {len(images):,} {part} images are training images, "
                            "too, pixel for pixel; they measure memory")
@@ -569,17 +579,17 @@ def npz_dataset(path: Path) -> Dataset:
             require_memory(2 * size, path)
             arrays = [file["x_train"], file["x_test"]]
             arrays += [file[f"x_{name}"] for name in UNLABELLED if f"x_{name}" in file.files]
-            images, white, remarks = as_images(*arrays)
-            unlabelled = torch.cat(images[2:]) if len(images) > 2 else None
-            labels, classes = as_labels(file["y_train"], file["y_test"])
+            (train, test, *others), white, remarks = as_images(*arrays)
+            unlabelled = torch.cat(others) if others else None
+            (y_train, y_test), classes = as_labels(file["y_train"], file["y_test"])
             if classes is None and "classes" in file.files:
                 classes = file["classes"].astype(str).tolist()
     except Exception as error:          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., "
                       "y_train=..., x_test=..., y_test=..., [classes=...], "
                       "[x_unlabelled=...])") from None
-    return Dataset(images[0], labels[0], images[1], labels[1], classes, path.stem, unlabelled,
-                   white=white, remarks=remarks)
+    return Dataset(train, y_train, test, y_test, classes, path.stem, unlabelled, white=white,
+                   remarks=remarks)
 
 
 def as_labels(train, test):
@@ -615,7 +625,8 @@ def as_images(*arrays):
             f"the highest pixels of training and test are {highest}; wanted one scale")
     images = []
     for array in shaped:
-        images.append(torch.from_numpy(np.ascontiguousarray(to_bytes(array, white))))
+        array = np.ascontiguousarray(to_bytes(array, white))    # whatever the file's layout
+        images.append(torch.from_numpy(array))
     if all(array.dtype == np.uint8 for array in shaped):
         white = 1
     return images, white, remarks
@@ -660,12 +671,17 @@ def to_bytes(pixels, white: int):
     """Pixels in [0, white] -> uint8 in [0,255]."""
     if pixels.dtype == np.uint8 and white == 255:
         return pixels
-    return (pixels * np.float32(255 / white)).round().clip(0, 255).astype(np.uint8)
+    levels = pixels * np.float32(255 / white)
+    return levels.round().clip(0, 255).astype(np.uint8)
 
 
 def is_grey(images) -> bool:
     """Do no channels of (N,C,H,W) differ by more than 2 levels? JPEG files add so much."""
-    return all((part.amax(1) - part.amin(1)).max() <= 2 for part in images.split(1000))
+    for part in images.split(1000):     # of colour images the first says it
+        spread = part.amax(1) - part.amin(1)
+        if spread.max() > 2:
+            return False
+    return True
 
 
 def to_grey(images):
@@ -694,7 +710,8 @@ def resize(images, side: int):
     parts = []
     for part in images.split(1000):
         part = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
-        parts.append(part.round().clamp(0, 255).byte())
+        part = part.round().clamp(0, 255)               # byte() would cut off, and wrap round
+        parts.append(part.byte())
     return torch.cat(parts)
 
 
@@ -706,27 +723,11 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
     """
     left_out = []
-    unlabelled = []
-    samples = {"train": [], "validation": [], "test": []}
-    parts = find_parts(root)
-    for part, folder in parts.items():
-        samples[part] = class_files(folder, left_out, unlabelled if part == "train" else None)
-    if parts["train"] != root:
-        for folder in subfolders(root, []):
-            if folder.name.lower() in UNLABELLED:
-                unlabelled += pictures_in(folder, left_out)
+    samples, unlabelled = find_samples(root, left_out)
     classes = sorted({name for _, name in samples["train"]})
-    files = []
-    labels = []
-    for part, pairs in samples.items():
-        unknown = {name for _, name in pairs} - set(classes)
-        require(not unknown, f"{root}: its {part} images have classes that the training "
-                f"images have not: {' '.join(sorted(unknown))}")
-        for file, name in pairs:
-            files.append(file)
-            labels.append(classes.index(name))
-    labels = torch.tensor(labels)
-    files += unlabelled
+    pairs = [*samples["train"], *samples["validation"], *samples["test"]]
+    labels = torch.tensor([classes.index(name) for _, name in pairs])
+    files = [file for file, _ in pairs] + unlabelled
     images, white, remarks = read_once(files, side, cache, root)
     if left_out:
         counts = collections.Counter(left_out).most_common()
@@ -746,6 +747,25 @@ def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
     if samples["validation"]:
         data.validation = torch.arange(len(first), len(rows))
     return data
+
+
+def find_samples(root: Path, left_out: list):
+    """(file, class) pairs by part of the data set, and the files without a label."""
+    unlabelled = []
+    samples = {"train": [], "validation": [], "test": []}
+    parts = find_parts(root)
+    for part, folder in parts.items():
+        samples[part] = class_files(folder, left_out, unlabelled if part == "train" else None)
+    if parts["train"] != root:          # else class_files has seen these
+        for folder in subfolders(root, []):
+            if folder.name.lower() in UNLABELLED:
+                unlabelled += pictures_in(folder, left_out)
+    classes = {name for _, name in samples["train"]}
+    for part, pairs in samples.items():
+        unknown = {name for _, name in pairs} - classes
+        require(not unknown, f"{root}: its {part} images have classes that the training "
+                f"images have not: {' '.join(sorted(unknown))}")
+    return samples, unlabelled
 
 
 def find_parts(root: Path) -> dict:
@@ -853,13 +873,8 @@ def read_once(files: list, side: int, cache: Path, root: Path):
         if is_grey(images):
             images = to_grey(images)
         stored = cache / f"images-{folder}-{mark}-{white}.npy"
-        temporary = cache / f"images.{RANK}.tmp"
-        try:
-            with create(temporary) as out:
-                np.save(out, images.numpy())
-            os.replace(temporary, stored)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(stored, cache / f"images.{RANK}.tmp") as out:
+            np.save(out, images.numpy())
         for path in older:              # of the folder as it was
             path.unlink(missing_ok=True)
     require_regular(stored)
@@ -997,8 +1012,9 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     if n < len(parts):                  # not the first classes every time
         order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
         parts = [parts[c] for c in order]
-    place = torch.cat([torch.arange(len(part)) for part in parts])
-    turn = place.argsort(stable=True)   # the first of each class, then the second of each, ...
+    places = [torch.arange(len(part)) for part in parts]
+    # The first of each class, then the second of each, and so on.
+    turn = torch.cat(places).argsort(stable=True)
     return torch.cat(parts)[turn][:n]
 
 
@@ -1052,6 +1068,11 @@ def correct_labels(data: Dataset, file: str):
     data.remarks.append(f"{len(given):,} labels are those of {file}")
 
 
+def spaced(total: int, count: int) -> torch.Tensor:
+    """`count` of the rows 0..total-1 at even distances: a set may be sorted by class."""
+    return torch.linspace(0, total - 1, count).long()
+
+
 def say_if_few(n: int, data: Dataset):
     """A word on subsets that have no image of some classes."""
     classes = len(data.classes)
@@ -1064,10 +1085,16 @@ def say_if_few(n: int, data: Dataset):
 
 def write(path: Path, content):
     """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
-    temporary = path.with_name(path.name + ".tmp")
+    with whole(path, path.with_name(path.name + ".tmp")) as file:
+        file.write(as_bytes(content, path.suffix))
+
+
+@contextlib.contextmanager
+def whole(path: Path, temporary: Path):
+    """A file to write bytes to, which becomes `path` when all of it is there, or nothing."""
     try:
         with create(temporary) as file:
-            file.write(as_bytes(content, path.suffix))
+            yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1215,8 +1242,9 @@ def check_content(saved: dict, sizes: dict) -> dict:
     sizes = {"C": channels, "H": height, "W": width, "K": classes, "last_class": classes - 1,
              "coefficients": 56, "xy": 2,                       # of a flow
              "last_row": facts["images"] + facts.get("unlabelled", 0) - 1, **sizes}
-    require(isinstance(facts["spec"] + facts["data_dir"] + facts["fingerprint"], str), "words")
-    require(isinstance(facts.get("labels_from") or "", str), "words")
+    words = [facts["spec"], facts["data_dir"], facts["fingerprint"],
+             facts.get("labels_from") or ""]
+    require(all(isinstance(word, str) for word in words), "words")
     require(isinstance(facts.get("labels") or 1, int), "labels")
     form(saved.get("model", {}))
     ground = "ground" if "ground" in facts else "light"
@@ -1255,16 +1283,16 @@ def command_for(run: Run, name: str) -> str:
     """The whole command that makes OUT/name."""
     if name != "vae.pt" and (run.out / "vae.pt").exists():      # make might train another VAE
         return shlex.join(["python", f"{Path(name).stem}.py", "-o", str(run.out)])
-    return shlex.join([*make_words(run, run.labels_from), str(run.out / name)])
+    return make_command(run, run.labels_from, run.out / name)
 
 
 def make_all(run: Run, labels_from: Path) -> str:
     """The whole command that does all again with the labels of a table."""
-    return shlex.join([*make_words(run, labels_from), "all"])
+    return make_command(run, labels_from, "all")
 
 
-def make_words(run: Run, labels_from) -> list:
-    """make, and the variables that say which images."""
+def make_command(run: Run, labels_from, target) -> str:
+    """make, the variables that say which images, and what to make of them."""
     spec = run.dataset or (run.out.name if run.out.name in TORCHVISION else "glyphs")
     words = ["make"]
     if spec != "glyphs":
@@ -1277,7 +1305,7 @@ def make_words(run: Run, labels_from) -> list:
         words.append(f"LABELS={run.labels}")
     if labels_from:
         words.append(f"LABELS_FROM={labels_from}")
-    return words
+    return shlex.join([*words, str(target)])
 
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -1286,11 +1314,11 @@ def scores(q, y, bins=15) -> dict:
     """Accuracy, balanced accuracy, NLL (nats), Brier score, ECE of q (N,K), labels y (N,)."""
     right = (q.argmax(1) == y).float()
     recall = torch.stack([right[y == c].mean() for c in y.unique()])
-    likely = q[torch.arange(len(y), device=q.device), y]
-    brier = (q.square().sum(1) - 2 * likely + 1).mean()
+    stated = q.gather(1, y[:, None]).squeeze(1)         # of the true class
+    nll = -stated.clamp(min=1e-12).log().mean()         # a stated 0 costs 28 nats, not inf
+    brier = (q.square().sum(1) - 2 * stated + 1).mean()
     return {"accuracy": right.mean().item(), "balanced_accuracy": recall.mean().item(),
-            "nll": -likely.clamp(min=1e-12).log().mean().item(), "brier": brier.item(),
-            "ece": ece(q.amax(1), right, bins)}
+            "nll": nll.item(), "brier": brier.item(), "ece": ece(q.amax(1), right, bins)}
 
 
 def ece(confidence, right, bins=15) -> float:
@@ -1300,8 +1328,8 @@ def ece(confidence, right, bins=15) -> float:
     mean = torch.zeros_like(level).scatter_reduce(0, row, confidence - right, "mean",
                                                   include_self=False)
     gap = mean[row.sort()[0]]
-    total = sum(part.sum().abs().item() for part in gap.tensor_split(bins))
-    return total / len(gap)
+    sums = [part.sum().abs() for part in gap.tensor_split(bins)]
+    return sum(part.item() for part in sums) / len(gap)
 
 
 def ece_interval(q, y, draws=200, seed=0) -> list:
@@ -1434,25 +1462,25 @@ class Checkpoint:
                    "generator": generator.get_state()}
         try:
             saved = read(self.path)
-            fits = RANKS == 1 and all(saved[key] == self.facts[key] for key in self.facts)
-            fits = fits and form(saved["state"]) == form(example)
-            fits = fits and saved["state"]["step"] == saved["history"][-1]["step"]
-            generator.set_state(saved["state"]["generator"])
+            state = saved["state"]
+            generator.set_state(state["generator"])     # raises where it is of another kind
+            fits = (RANKS == 1 and all(saved[key] == self.facts[key] for key in self.facts)
+                    and form(state) == form(example)
+                    and state["step"] == saved["history"][-1]["step"])
         except Exception:               # zip, pickle and torch each have their own errors
             fits = False
         if fits:
-            self.state = saved["state"]
+            self.state = state
             self.history = saved["history"]
         elif RANK == 0:
             print(f"{self.path} does not fit these settings; starting afresh", file=sys.stderr)
 
     def keep(self, row: dict, words: str):
         """Report a row of `fit`, add it to the history, write all of it down."""
-        rate = row["images_per_second"]
+        rate = row.pop("images_per_second")             # it differs from run to run
+        self.state = row.pop("state")
         self.progress(row["step"], f"{words}  {rate:,.0f} images/s", images_per_second=rate)
-        self.state = row["state"]
-        self.history.append({key: value for key, value in row.items()
-                             if key not in ("state", "images_per_second")})
+        self.history.append(row)
         write(self.path, {**self.facts, "state": self.state, "history": self.history})
 
 
@@ -1497,9 +1525,11 @@ def legible(names: list) -> list:
     known = fonts.get_font(bold).get_charmap()
 
     def shown(letter):
+        if letter == "$":
+            return r"\$"
         return letter if ord(letter) in known else ascii(letter)[1:-1]
 
-    return ["".join(map(shown, name)).replace("$", r"\$") for name in names]
+    return ["".join(map(shown, name)) for name in names]
 
 
 def tidy(axes, title, x=None, y=None):
@@ -1534,29 +1564,31 @@ TRAINING_FONTS = """
     DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic""".split()
 VALIDATION_FONTS = "STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta".split()
 TEST_FONTS = "cmr10 cmb10 cmss10 cmtt10".split()
+SIDE = 28                               # pixels
 
 
-def glyphs(seed=0, side=28) -> Dataset:
-    """The embedded digits: 10,000 for training, 2,000 for test; a seed gives the same ones."""
-    generator = torch.Generator().manual_seed(seed)
+def glyphs() -> Dataset:
+    """The embedded digits: 10,000 for training, 2,000 for test; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
     images = []
     for count, fonts in ((9000, TRAINING_FONTS), (1000, VALIDATION_FONTS), (2000, TEST_FONTS)):
-        fields = torch.stack([distance_field(font, digit, side)
+        fields = torch.stack([distance_field(font, digit)
                               for font in fonts for digit in "0123456789"])
         font = torch.randint(len(fonts), (count,), generator=generator)
         which = 10 * font + torch.arange(count) % 10
         for part in which.split(500):   # fits the processor's cache
-            images.append(draw_glyphs(fields[part], side, generator))
+            images.append(draw_glyphs(fields[part], generator))
     x = torch.cat(images)
     y = torch.arange(12_000) % 10
     return Dataset(x[:10_000], y[:10_000], x[10_000:], y[10_000:], list("0123456789"),
                    "glyphs", validation=torch.arange(9000, 10_000))
 
 
-def distance_field(font_name: str, digit: str, side: int):
-    """(2 side, 2 side) distances to a digit's outline in image pixels, positive inside."""
+def distance_field(font_name: str, digit: str):
+    """(2 SIDE, 2 SIDE) distances to a digit's outline in image pixels, positive inside."""
     from matplotlib import ft2font, get_data_path, path
-    font = ft2font.FT2Font(str(Path(get_data_path(), "fonts", "ttf", f"{font_name}.ttf")))
+    file = Path(get_data_path(), "fonts", "ttf", f"{font_name}.ttf")
+    font = ft2font.FT2Font(str(file))
     font.set_size(128, 72)              # large: hinting and flattened curves stay out of sight
     font.load_char(ord(digit))
     # Points as complex numbers x + iy; fonts count y upwards and images downwards, hence conj.
@@ -1574,17 +1606,18 @@ def distance_field(font_name: str, digit: str, side: int):
     a = ((a - middle) * unit).to(torch.complex64)
     b = ((b - middle) * unit).to(torch.complex64)
 
-    axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2
-    p = torch.complex(axis.repeat(2 * side), axis.repeat_interleave(2 * side))[:, None]
+    fine = 2 * SIDE
+    axis = (torch.arange(fine) + 0.5) / 2 - SIDE / 2
+    p = torch.complex(axis.repeat(fine), axis.repeat_interleave(fine))[:, None]
     along = (((p - a) * (b - a).conj()).real / (b - a).abs() ** 2).clamp(0, 1)
     distance = (p - a - along * (b - a)).abs().amin(1)
     # Seen from inside, the outline turns a full circle; a hole turns back and cancels it.
     turns = ((b - p) / (a - p)).angle().sum(1).abs()
-    return torch.where(turns > torch.pi, distance, -distance).view(2 * side, 2 * side)
+    return torch.where(turns > torch.pi, distance, -distance).view(fine, fine)
 
 
-def draw_glyphs(fields, side: int, generator):
-    """Distance fields (n, ., .) -> uint8 images (n,1,side,side), each bent in its own way."""
+def draw_glyphs(fields, generator):
+    """Distance fields (n, ., .) -> uint8 images (n,1,SIDE,SIDE), each bent in its own way."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(len(fields), 1, 1, generator=generator)
 
@@ -1596,10 +1629,10 @@ def draw_glyphs(fields, side: int, generator):
     # Rows lead from image to field: dividing enlarges.
     x = torch.cat([cos / wide / scale, (shear * cos - sin) / scale, uniform(-0.1, 0.1)], 2)
     y = torch.cat([sin / wide / scale, (cos + shear * sin) / scale, uniform(-0.1, 0.1)], 2)
-    grid = F.affine_grid(torch.cat([x, y], 1), (len(x), 1, side, side), align_corners=False)
+    grid = F.affine_grid(torch.cat([x, y], 1), (len(x), 1, SIDE, SIDE), align_corners=False)
     # Smooth noise: two channels push pixels about, the third thickens and thins the stroke.
     noise = torch.randn(len(x), 3, 4, 4, generator=generator)
-    wave = F.interpolate(noise, side, mode="bicubic", align_corners=True)
+    wave = F.interpolate(noise, SIDE, mode="bicubic", align_corners=True)
     grid = grid + 0.05 * wave[:, :2].permute(0, 2, 3, 1)
     depth = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=False)
     depth = depth[:, 0]

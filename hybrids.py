@@ -13,9 +13,10 @@ import functools
 import io
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,21 +51,21 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> 
               within one class, the others between two; at most `lines` of them, if given
     """
     mu = codes.mu.float()
+    size, dim = mu.shape
+    source = {"device": mu.device, "generator": generator}      # of random numbers
     if strategy == "prior":
-        z = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
-        return Points(z)
+        return Points(torch.randn(count, dim, **source))
     if strategy == "around":
-        i = torch.randint(len(mu), (count,), device=mu.device, generator=generator)
-        noise = torch.randn(count, mu.shape[1], device=mu.device, generator=generator)
+        i = torch.randint(size, (count,), **source)
+        noise = torch.randn(count, dim, **source)
         width = (codes.logvar[i].float() / 2).exp()
         t = torch.ones(count, device=mu.device)
         return Points(mu[i] + width * noise, i, i, t)
-    if lines is None or lines > count:
-        lines = count
-    i = torch.randint(len(mu), (lines,), device=mu.device, generator=generator)
+    lines = min(lines or count, count)
+    i = torch.randint(size, (lines,), **source)
     j = partners(codes.y, i, same, generator)
     t = random_weights(count, alpha, mu.device, generator)
-    which = torch.arange(count, device=mu.device) % lines
+    which = torch.arange(count, device=mu.device) % lines       # each line has several points
     return line(mu, i[which], j[which], t)
 
 
@@ -107,15 +108,14 @@ def label(rule, points, codes, epsilon=0.1):
     """
     if rule not in LABELS:
         raise ValueError(f"no rule {rule!r}; there are {', '.join(LABELS)}")
-    if rule in ("weight", "product"):
-        if points.i is None:
-            raise ValueError("points from the prior have no mixing weights; "
-                             "label them by density")
-        weight = mixing_label(points, codes)
-        if rule == "weight":
-            return weight
-        return opinion_pool(weight, points, codes.posterior, epsilon)
-    return codes.posterior(points.z)
+    if rule == "density":
+        return codes.posterior(points.z)
+    if points.i is None:
+        raise ValueError("points from the prior have no mixing weights; label them by density")
+    weight = mixing_label(points, codes)
+    if rule == "weight":
+        return weight
+    return opinion_pool(weight, points, codes.posterior, epsilon)
 
 
 def mixing_label(points, codes):
@@ -132,6 +132,7 @@ def opinion_pool(weight, points, posterior, epsilon):
     t = points.t[:, None]
     doubt = 4 * epsilon * t * (1 - t)   # a third class may lie between the two
     mixed = (1 - doubt) * weight + doubt * posterior.prior
+    # Where t is 0 or 1 one class is left: its evidence, too, must not be 0, for 0 / 0 is none.
     q = posterior(points.z).clamp(min=1e-30)
     product = mixed * q / posterior.prior.clamp(min=1e-30)
     return product / product.sum(1, keepdim=True)
@@ -150,29 +151,28 @@ def render(points, codes, images, decode, residual=True, cut=None, morph=None,
     `images`, uint8 or float in [0,1], are the sources of the codes.
     """
     if points.i is None or not residual:
-        made = [decode(z) for z in points.z.split(batch)]
-        return torch.cat([as_dtype(x, images.dtype) for x in made])
+        made = [as_dtype(decode(z), images.dtype) for z in points.z.split(batch)]
+        return torch.cat(made)
     if cut is None:
         cut = images.shape[1] == 3
     lost = residuals(codes.mu, images, decode, batch)
-    if morph and not cut:
+    if morph and not cut:               # each line once, however many points lie on it
         pairs = torch.stack([points.i, points.j], 1)
         lines, which = pairs.unique(dim=0, return_inverse=True)
         meet = morph(as_float(images[lines[:, 0]]), as_float(images[lines[:, 1]]))
-    rows = torch.arange(len(points.z), device=points.z.device)
-    first_pixel = math.ceil(decoded * len(rows))
+    middle = math.ceil(decoded * len(points.z))
     parts = []
-    for part, sources in ((rows[:first_pixel], lost), (rows[first_pixel:], images)):
-        for start in range(0, len(part), batch):
-            some = part[start:start + batch]
-            z, i, j, t = points.take(some)
+    for begin, end, sources in ((0, middle, lost), (middle, len(points.z), images)):
+        for start in range(begin, end, batch):
+            rows = slice(start, min(start + batch, end))
+            z, i, j, t = points.take(rows)
             first = as_float(sources[i]).float()
             second = as_float(sources[j]).float()
             w = t[:, None, None, None]
             if cut:
                 w = rectangles(t, *images.shape[2:], generator)
             elif morph:
-                first, second = meet(first, second, which[some], t)
+                first, second = meet(first, second, which[rows], t)
             x = w * first + (1 - w) * second
             if sources is lost:
                 x = x + decode(z)
@@ -194,7 +194,8 @@ def rectangles(t, height, width, generator):
     """(M,1,height,width): 0 in a rectangle of area 1-t (M,), to whole pixels, 1 elsewhere."""
     side = (1 - t).sqrt()
     place = torch.rand(2, len(t), device=t.device, generator=generator)
-    down, right = place * (1 - side) + side / 2         # the centre: nothing is cut off
+    # A centre so far from the border that nothing is cut off: else the area is not 1-t.
+    down, right = place * (1 - side) + side / 2
     rows = covered(height, down, side)
     columns = covered(width, right, side)
     inside = rows[:, :, None] & columns[:, None, :]
@@ -227,15 +228,16 @@ def make(points, codes, images, decode, *, rule="product", residual=True, cut=No
     """
     x = render(points, codes, images, decode, residual, cut, morph, generator, decoded, batch)
     q = label(rule, points, codes)
-    if deform is None:
-        return x, q
-    parts = []
-    for some, its in zip(x.split(batch), q.split(batch)):
-        moved, _ = deform(as_float(some), its, generator)
-        parts.append(as_dtype(moved, x.dtype))
-    return torch.cat(parts), q
+    if deform:
+        parts = []
+        for some, its in zip(x.split(batch), q.split(batch)):
+            moved, _ = deform(as_float(some), its, generator)
+            parts.append(as_dtype(moved, x.dtype))
+        x = torch.cat(parts)
+    return x, q
 
 
+@dataclass(eq=False)
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
@@ -244,16 +246,13 @@ class HybridMixer:
     images; posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1] or uint8, y
     integer labels (B,). Raises ValueError for a batch that has been normalised.
     """
-
-    def __init__(self, encode, decode, posterior, rule="product", generator=None, cut=None,
-                 deform=None):
-        self.encode = encode
-        self.decode = decode
-        self.posterior = posterior
-        self.rule = rule
-        self.generator = generator
-        self.cut = cut
-        self.deform = deform
+    encode: Callable
+    decode: Callable
+    posterior: Callable
+    rule: str = "product"
+    generator: torch.Generator | None = None
+    cut: bool | None = None
+    deform: Callable | None = None
 
     @torch.no_grad()
     def __call__(self, x, y):
@@ -308,7 +307,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.label is None:
         args.label = "density" if args.strategy == "prior" else "product"
-    if args.strategy == "prior" and args.label in ("product", "weight"):
+    if args.strategy == "prior" and args.label != "density":
         parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
     return args
 
@@ -317,9 +316,8 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
     """Images on a figure, their percentages below as a bar and as words."""
     import common
     from latent import words
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    count = min(len(q), rows * columns)
-    shown = torch.linspace(0, len(q) - 1, count).long()
+    headline(figure, title)
+    shown = common.spaced(len(q), min(len(q), rows * columns))
     if rows > 1:                        # a walk keeps its order
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
@@ -330,10 +328,14 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
         axes.xaxis.labelpad = 15                        # below the bar
         left = 0.0
         for c in row.argsort(descending=True)[:4].tolist():
-            axes.barh(-0.09, float(row[c]), 0.07, left, transform=axes.transAxes,
-                      clip_on=False, color=common.COLOURS[c % 10], edgecolor="white",
-                      linewidth=0.5)
-            left += float(row[c])
+            share = float(row[c])
+            axes.barh(-0.09, share, 0.07, left, transform=axes.transAxes, clip_on=False,
+                      color=common.COLOURS[c % 10], edgecolor="white", linewidth=0.5)
+            left += share
+
+
+def headline(figure, title):
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def draw(x, q, strip, strip_q, moved, how, classes):
@@ -345,12 +347,10 @@ def draw(x, q, strip, strip_q, moved, how, classes):
     start = classes[int(strip_q[0].argmax())]
     end = classes[int(strip_q[-1].argmax())]
     gallery(top, strip, strip_q, classes, title=f"What lies between {start} and {end}?")
-    middle.suptitle(f"How may one {start} move?", x=0.01, ha="left", fontsize=11,
-                    fontweight="bold")
-    captions = ["a training image"] + [""] * (len(moved) - 1)
-    captions[len(moved) // 2] = how
-    for axes, image, caption in zip(middle.subplots(1, len(moved)), moved, captions):
-        common.show_images(axes, image[None], 1, caption)
+    headline(middle, f"How may one {start} move?")
+    captions = {0: "a training image", len(moved) // 2: how}
+    for k, axes in enumerate(middle.subplots(1, len(moved))):
+        common.show_images(axes, moved[[k]], 1, captions.get(k, ""))
     gallery(left, x, q, classes, 4, 7)
     axes = side.subplots()
     bits = entropy(q).cpu().numpy() / math.log(2)
@@ -369,14 +369,12 @@ def earlier_export(folder) -> list:
         text = manifest.read_text("utf-8", "replace")
         names = re.findall(r"^\d{3}-[\w-]*/\d{6,}\.png(?=,)", text, re.MULTILINE)
         ours.update(folder / name for name in names)
-    pictures = []
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not path.is_dir():
-            common.require(path in ours and not path.is_symlink(), f"{path} is not of an "
-                           "earlier export; --export takes a new or an empty folder")
-            if path != manifest:
-                pictures.append(path)
-    return pictures
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in files:
+        common.require(path in ours and not path.is_symlink(), f"{path} is not of an earlier "
+                       "export; --export takes a new or an empty folder")
+    # The manifest stays until a new one takes its place: it says which pictures are ours.
+    return [path for path in files if path != manifest]
 
 
 def export(folder, x, q, classes):
@@ -404,15 +402,30 @@ def export(folder, x, q, classes):
 
 def walk(codes, generator, steps=9) -> Points:
     """Points on the line from the first code to one of another class."""
-    i = torch.zeros(steps, dtype=torch.long, device=codes.mu.device)
-    j = partners(codes.y, i[:1], 0, generator).expand(steps)
-    t = torch.linspace(1, 0, steps, device=codes.mu.device)
-    return line(codes.mu, i, j, t)
+    device = codes.mu.device
+    i = torch.zeros(steps, dtype=torch.long, device=device)
+    j = partners(codes.y, i[:1], 0, generator)
+    t = torch.linspace(1, 0, steps, device=device)
+    return line(codes.mu, i, j.expand(steps), t)
+
+
+def measure(points, x, q, encode, posterior) -> dict:
+    """How mixed the labels are, and how far the percentages move if encoded again."""
+    from latent import subsample
+    some = subsample(len(x), 2000)
+    mu, _ = encode(x[some])
+    # Total variation between the percentages of a point and of the image made from it.
+    moved = (posterior(mu) - posterior(points.z[some])).abs().sum(1) / 2
+    entropies = entropy(q)
+    histogram = entropies.histc(20, 0, math.log(q.shape[1]))
+    return {"entropy": entropies.mean().item(), "temperature": posterior.temperature,
+            "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
+            "histogram": histogram.tolist()}
 
 
 def command(run, args):
     import common
-    from latent import Codes, subsample
+    from latent import Codes
     from vae import VAE, Deformations, Morph, decode_all, encode_all
     earlier = earlier_export(args.export) if args.export else []
     upstream = common.load(run, "vae", run.device, VAE.restore)
@@ -425,9 +438,9 @@ def command(run, args):
     if args.cut is None:                # recorded as what is done
         args.cut = run.settings["cut"] = images.shape[1] == 3
     generator = torch.Generator(run.device).manual_seed(args.seed)
+    encode = functools.partial(encode_all, model, amp=run.amp)
     decode = functools.partial(decode_all, model, amp=run.amp)
     deform = Deformations.restore(upstream, run.device)
-
     morph = None
     lines = None
     if args.deform and deform.strength > 0 and not args.cut:
@@ -437,32 +450,26 @@ def command(run, args):
     x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
                 cut=args.cut, morph=morph, deform=deform if args.deform else None,
                 generator=generator)
-    # Total variation between the percentages of a point and of the image made from it.
-    some = subsample(len(x), 2000).to(run.device)
-    mu, _ = encode_all(model, x[some], run.amp)
-    before = codes.posterior(points.z[some])
-    moved = (codes.posterior(mu) - before).abs().sum(1) / 2
-    entropies = entropy(q)
-    metrics = {"entropy": entropies.mean().item(), "temperature": codes.posterior.temperature,
-               "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
-               "histogram": entropies.histc(20, 0, math.log(len(data.classes))).tolist()}
+    metrics = measure(points, x, q, encode, codes.posterior)
+    x = x.cpu()
+    q = q.cpu()
 
     strip = walk(codes, generator)
     if args.strategy == "prior":        # made as these are: decoded, labelled by density
         strip = Points(strip.z)
+    # A cut draws its place anew for each image: nothing would move from one to the next.
     strip_x, strip_q = make(strip, codes, images, decode, rule=args.label,
                             residual=args.residual, cut=False, morph=morph, decoded=1)
     still = as_float(strip_x[:1])
     moved, _ = deform(still.expand(8, -1, -1, -1), None, generator)
-    common.write(run.out / "hybrids.png",
-                 draw(x.cpu(), q.cpu(), strip_x.cpu(), strip_q.cpu(),
-                      torch.cat([still, moved]).cpu(), deform.words(),
-                      common.legible(data.classes)))
+    picture = draw(x, q, strip_x.cpu(), strip_q.cpu(), torch.cat([still, moved]),
+                   deform.words(), common.legible(data.classes))
+    common.write(run.out / "hybrids.png", picture)
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
     flows = torch.zeros(1, *images.shape[2:], 2)        # of real images: they stand still
     if args.deform and deform.moves():
         flows = deform.repertoire(FLOWS, generator)
-    common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=x.cpu(), q=q.cpu(),
+    common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=x, q=q,
                 z=points.z.cpu(), flows=flows.half().cpu())
     print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
@@ -474,7 +481,7 @@ def command(run, args):
     if args.export:
         for file in earlier:
             file.unlink()
-        export(args.export, x.cpu(), q.cpu(), data.classes)
+        export(args.export, x, q, data.classes)
         print(args.export / "labels.csv")
     print(run.out / "hybrids.png", run.out / "hybrids.pt", sep="\n")
 

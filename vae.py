@@ -14,6 +14,7 @@ Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt until the next step 
 import copy
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +70,16 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """x (B,C,H,W) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
-        mu, logvar = self.encoder(F.pad(x, self.pad)).float().chunk(2, dim=1)
+        code = self.encoder(F.pad(x, self.pad)).float()
+        mu, logvar = code.chunk(2, dim=1)
         return mu, logvar.clamp(-10, 10)                # exp overflows in a bad first step
 
     def logits(self, z):
         """z (B,D) -> logits (B,C,H,W), float32."""
         padded = self.decoder(z)
-        return padded[..., :self.config["height"], :self.config["width"]].float()
+        height = self.config["height"]
+        width = self.config["width"]
+        return padded[..., :height, :width].float()
 
     def decode(self, z):
         """z (B,D) -> images in [0,1] (B,C,H,W), float32."""
@@ -85,14 +89,16 @@ class VAE(nn.Module):
         """x (B,C,H,W) -> logits of one draw from q(z|x), mu, logvar."""
         mu, logvar = self.encode(x)
         noise = torch.randn(mu.shape, device=mu.device, generator=generator)
-        return self.logits(mu + noise * (logvar / 2).exp()), mu, logvar
+        z = mu + noise * (logvar / 2).exp()             # so mu and logvar get gradients
+        return self.logits(z), mu, logvar
 
 
 def elbo_terms(logits, x, mu, logvar):
     """Reconstruction (Bernoulli) and KL(q(z|x) || N(0, I)): nats per image, means over B."""
-    reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-    kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum() / len(x)
-    return reconstruction, kl
+    # A sum over the pixels, not a mean: only so do its nats weigh against those of the KL.
+    reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+    kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum()
+    return reconstruction / len(x), kl / len(x)
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
@@ -130,12 +136,11 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         for step in range(first, end):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
-            x = next_batch(generator)
+            x = next_batch(generator).contiguous(memory_format=torch.channels_last)
             if step == begin:           # once only: a GPU waits for it
                 check_range(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                outputs = model(x.contiguous(memory_format=torch.channels_last), generator)
-            logits, mu, logvar = outputs
+                logits, mu, logvar = model(x, generator)
             reconstruction, kl = elbo_terms(logits, x, mu, logvar)
             optimiser.zero_grad()
             (reconstruction + beta * kl).backward()
@@ -185,13 +190,9 @@ def check_range(x):
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
     """mu, logvar (N,D), float32, of images (N,C,H,W): uint8, or floats in [0,1]."""
-    means = []
-    logvars = []
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        for chunk in images.split(batch):
-            mu, logvar = model.encode(as_input(chunk))
-            means.append(mu)
-            logvars.append(logvar)
+        parts = [model.encode(as_input(chunk)) for chunk in images.split(batch)]
+    means, logvars = zip(*parts)
     return torch.cat(means), torch.cat(logvars)
 
 
@@ -222,8 +223,11 @@ NODES = 5                               # a side of the grid that bends a flow
 LEVELS = ((2, 1.25), (2, 0.75), (1, 0.8))       # of registration: side of a pixel, then a blur
 MARGIN = 0.005                          # nats per image: a smaller gain is none
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# What `proof` tries: a strength, and whether images are mirrored; the last one mirrors only.
+CHOICES = [*((strength, False) for strength in STRENGTHS), (0.0, True)]
 
 
+@dataclass(eq=False)
 class Deformations:
     """Random flows s B w, w ~ N(0, I), learned from images: a latent space of movements.
 
@@ -234,14 +238,12 @@ class Deformations:
     are of the same kind; see `fit`. As a transform, (x, q, generator) -> (x, q), it
     deforms each image of a batch in its own way, and leaves the probabilities.
     """
-
-    def __init__(self, directions, height, width, strength=1.0, mirror=False, nll=None):
-        self.directions = directions                    # B (56,R), the widest first
-        self.height = height
-        self.width = width
-        self.strength = strength                        # s in [0,1]
-        self.mirror = mirror
-        self.nll = nll                                  # what `proof` said, of a fitted one
+    directions: torch.Tensor            # B (56,R), the widest first
+    height: int
+    width: int
+    strength: float = 1.0               # s in [0,1]
+    mirror: bool = False
+    nll: list | None = None             # what `proof` said of each choice, of a fitted one
 
     @classmethod
     def fit(cls, images, y, generator, most=1000):
@@ -251,14 +253,16 @@ class Deformations:
         the gain is above MARGIN; mirror images are allowed if their gain is above two standard
         errors, too. Without two images of one class nothing moves.
         """
-        rows = torch.randperm(len(images), device=images.device, generator=generator)[:most]
-        x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
+        order = torch.randperm(len(images), device=images.device, generator=generator)
+        rows = order[:most]
+        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
+        x = small(x)
         y = y[rows].long()
         i, j = same_class_pairs(y, generator)
         v = register(x[i], x[j])
         losses = proof(x, y, i, j, v, generator)
         nll = losses.mean(0).tolist()
-        least, strength = min(zip(nll, STRENGTHS))      # the last choice is to mirror
+        least, strength = min(zip(nll, STRENGTHS))      # zip leaves out the mirrored one
         if nll[0] - least < MARGIN:
             strength = 0.0
         gain = losses[:, 0] - losses[:, -1]
@@ -269,8 +273,9 @@ class Deformations:
     @classmethod
     def restore(cls, saved: dict, device="cpu"):
         """The deformations of a loaded vae.pt."""
-        fields = saved["deformations"]
-        return cls(**{**fields, "directions": fields["directions"].to(device)})
+        deform = cls(**saved["deformations"])
+        deform.directions = deform.directions.to(device)
+        return deform
 
     def fields(self) -> dict:
         """As plain tensors and numbers: Deformations(**fields) equals it."""
@@ -291,13 +296,14 @@ class Deformations:
     def flow(self, w):
         """w (B,R) -> flows (B,H,W,2)."""
         v = self.strength * w @ self.directions.T
-        return flow_of(v.unflatten(1, (2, -1)), self.height, self.width)
+        v = v.unflatten(1, (2, -1))     # to the right, and down
+        return flow_of(v, self.height, self.width)
 
     def sample(self, count, generator):
         """Random flows (count,H,W,2)."""
-        w = torch.randn(count, self.directions.shape[1], device=self.directions.device,
-                        generator=generator)
-        return self.flow(w)
+        rank = self.directions.shape[1]
+        device = self.directions.device
+        return self.flow(torch.randn(count, rank, device=device, generator=generator))
 
     def repertoire(self, count, generator):
         """Flows (count,H,W,2) for images that stay what they are: a part 1-s is none, and
@@ -315,8 +321,8 @@ class Deformations:
     def __call__(self, x, q, generator):
         """x (B,C,H,W) in [0,1], q (B,K) -> each image deformed, q as it is."""
         if self.mirror:
-            turned = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator) < 0.5
-            x = torch.where(turned, x.flip(3), x)
+            chance = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
+            x = torch.where(chance < 0.5, x.flip(3), x)
         if self.strength > 0 and len(x):                # a batch may hold none of a kind
             x = warp(x, self.sample(len(x), generator))
         return x, q
@@ -350,13 +356,20 @@ class Deformations:
 
 def flow_functions(height, width, device=None):
     """What flows are sums of (28,H,W): x, y, 1, and a smooth bump for each node of a grid."""
-    down = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
-    right = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+    down = places_along(height, device)
+    right = places_along(width, device)
     y, x = torch.meshgrid(down, right, indexing="ij")
     affine = torch.stack([x, y, torch.ones_like(x)])
-    nodes = torch.eye(NODES ** 2, device=device).view(-1, 1, NODES, NODES)
+    nodes = torch.eye(NODES ** 2, device=device)        # one image a node, 1 there and 0 else
+    nodes = nodes.view(-1, 1, NODES, NODES)
     bumps = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
     return torch.cat([affine, bumps[:, 0]])
+
+
+def places_along(side, device):
+    """The middles of the pixels of a side, which leads from -1 to 1."""
+    pixel = torch.arange(side, device=device) + 0.5
+    return pixel / side * 2 - 1
 
 
 def flow_of(v, height, width):
@@ -374,7 +387,8 @@ def mirror_flow(height, width, device=None):
     """The flow (H,W,2) that turns left to right."""
     right = torch.arange(width, device=device)
     turn = width - 1.0 - 2 * right
-    return torch.stack([turn, torch.zeros_like(turn)], 1).expand(height, width, 2)
+    row = torch.stack([turn, torch.zeros_like(turn)], 1)
+    return row.expand(height, width, 2)
 
 
 def warp(x, flow):
@@ -404,12 +418,14 @@ def tangents(x, directions):
 def blur(x, sigma):
     """x (B,C,H,W) under a Gaussian of so many pixels, the border continued."""
     reach = math.ceil(2.5 * sigma)
+    channels = x.shape[1]
     steps = torch.arange(-reach, reach + 1, device=x.device)
     bell = (-0.5 * (steps / sigma) ** 2).exp()
-    bell = (bell / bell.sum()).expand(x.shape[1], 1, 1, -1)
-    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
-    x = F.conv2d(x, bell, groups=x.shape[1])
-    return F.conv2d(x, bell.transpose(2, 3), groups=x.shape[1])
+    row = (bell / bell.sum()).expand(channels, 1, 1, -1)
+    x = F.pad(x, [reach] * 4, mode="replicate")
+    # A Gaussian is separable: along the rows, then along the columns.
+    x = F.conv2d(x, row, groups=channels)
+    return F.conv2d(x, row.transpose(2, 3), groups=channels)
 
 
 @torch.enable_grad()
@@ -441,7 +457,8 @@ def register(target, moving, steps=60):
 
 def small(x):
     """x (B,C,H,W) with at most 32 pixels a side: flows are as smooth in fewer pixels."""
-    return F.avg_pool2d(x, math.ceil(max(x.shape[2:]) / 32))
+    factor = math.ceil(max(x.shape[2:]) / 32)
+    return F.avg_pool2d(x, factor)
 
 
 def stiffness(v):
@@ -464,7 +481,9 @@ class Morph:
         """first, second (P,C,H,W), float."""
         parts = []
         for a, b in zip(first.split(batch), second.split(batch)):
-            parts.append(register(a.mean(1, keepdim=True), b.mean(1, keepdim=True)))
+            target = a.mean(1, keepdim=True)            # where, not which colour
+            moving = b.mean(1, keepdim=True)
+            parts.append(register(target, moving))
         self.v = strength * torch.cat(parts)            # (P,2,28), of second towards first
 
     def __call__(self, first, second, rows, t):
@@ -491,11 +510,14 @@ def square_root(v):
 
 def same_class_pairs(y, generator, each=10, most=3000):
     """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
-    each = min(each, math.ceil(most / max(len(y), 1)), len(y))
+    share = math.ceil(most / max(len(y), 1))
+    each = min(each, share, len(y))
     alike = (y[:, None] == y).fill_diagonal_(False)
-    order = torch.rand(alike.shape, device=y.device, generator=generator) + alike.float()
-    j = order.topk(each, dim=1).indices
-    i = torch.arange(len(y), device=y.device)[:, None].expand_as(j)
+    numbers = torch.rand(alike.shape, device=y.device, generator=generator)
+    # Random numbers lie in [0, 1): with 1 added, one's own class comes before the others.
+    j = (numbers + alike).topk(each, dim=1).indices
+    i = torch.arange(len(y), device=y.device)
+    i = i[:, None].expand_as(j)
     kept = alike.gather(1, j)           # a small class has fewer
     return i[kept], j[kept]
 
@@ -504,10 +526,9 @@ def proof(x, y, i, j, v, generator, splits=10, most=150):
     """How well does half of the images, deformed, predict the other half?
 
     x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. -> NLL in nats per image, a row
-    for each of random halves, a column for each of STRENGTHS, and the last for mirror images
-    without a flow. Of a half only flows of pairs inside it count, and `most` images.
+    for each of random halves, a column for each of CHOICES. Of a half only flows of pairs
+    inside it count, and `most` images.
     """
-    choices = [(strength, False) for strength in STRENGTHS] + [(0.0, True)]
     x = blur(x, 1)                      # the neighbour a pixel further counts, too
     rows = []
     for _ in range(splits):
@@ -518,13 +539,13 @@ def proof(x, y, i, j, v, generator, splits=10, most=150):
                 known = half.nonzero()[:most, 0]
                 asked = (~half).nonzero()[:most, 0]
                 directions = square_root(v[inside])
-                rows.append(held_out_nll(x, y, known, asked, directions, choices, generator))
-    if not rows:                        # no half has a pair
-        rows = [[0.0] * len(choices)]
+                rows.append(held_out_nll(x, y, known, asked, directions, generator))
+    if not rows:                        # no half has a pair: every choice is as good
+        return torch.zeros(1, len(CHOICES))
     return torch.tensor(rows)
 
 
-def held_out_nll(x, y, known, asked, directions, choices, generator, copies=10):
+def held_out_nll(x, y, known, asked, directions, generator, copies=10):
     """NLL of `asked` images, predicted from deformed copies of `known` ones, by choice.
 
     The random numbers are the same for each, so that only the choice makes a difference.
@@ -532,7 +553,7 @@ def held_out_nll(x, y, known, asked, directions, choices, generator, copies=10):
     rows = known.repeat(copies)
     state = generator.get_state()
     losses = []
-    for choice in choices:
+    for choice in CHOICES:
         generator.set_state(state)
         deform = Deformations(directions, *x.shape[2:], *choice)
         seen, _ = deform(x[rows], None, generator)
@@ -558,7 +579,7 @@ def kernel_nll(x, y, asked, asked_y, floor=0.02):
     Its bandwidth is the best of a few, up to one that knows nothing: else what blurs would
     seem to help where nothing can be known. A part `floor` is spread over the classes.
     """
-    classes = int(torch.maximum(y.max(), asked_y.max())) + 1
+    classes = int(max(y.max(), asked_y.max())) + 1
     square = torch.cdist(asked.flatten(1), x.flatten(1)).square()
     nearest = square.amin(1).median().clamp(min=1e-12)
     one_hot = F.one_hot(y, classes).float()
@@ -566,8 +587,8 @@ def kernel_nll(x, y, asked, asked_y, floor=0.02):
     for factor in (0.05, 0.1, 0.2, 0.4, 1, 100):
         weight = (-square / (2 * factor * nearest)).softmax(1)
         q = (1 - floor) * weight @ one_hot + floor / classes
-        losses.append(F.nll_loss(q.log(), asked_y).item())
-    return min(losses)
+        losses.append(F.nll_loss(q.log(), asked_y))
+    return min(losses).item()
 
 
 # ---- command --------------------------------------------------------------------------------
@@ -603,23 +624,23 @@ def draw(history, model, deform, images, data, amp, generator):
                color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
-    # All over the set: it may be sorted by class.
-    some = torch.linspace(0, len(data.test_images) - 1, 32).long()
-    x = data.test_images[some]
+    x = data.test_images[common.spaced(len(data.test_images), 32)]
     mu, _ = encode_all(model, x, amp)
-    decoded = decode_all(model, mu, amp)
-    rows = torch.stack([(x / 255).unflatten(0, (4, 8)), decoded.unflatten(0, (4, 8))], 1)
+    both = torch.stack([x / 255, decode_all(model, mu, amp)])
+    rows = both.unflatten(1, (4, 8)).transpose(0, 1)
     common.tidy(recon, "What does the code keep?")
     common.show_images(recon, rows.flatten(0, 2), 8,
                        "rows in turn: test images, their reconstructions")
 
-    z = torch.randn(64, model.config["latent_dim"], device=x.device, generator=generator)
+    dim = model.config["latent_dim"]
+    z = torch.randn(64, dim, device=x.device, generator=generator)
     common.tidy(prior, "What does it imagine?")
     common.show_images(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
 
-    still = as_input(images[torch.linspace(0, len(images) - 1, 8).long()])
+    still = as_input(images[common.spaced(len(images), 8)])
     moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
-    rows = torch.cat([still[:, None], moved.unflatten(0, (8, 7))], 1)
+    moved = moved.unflatten(0, (8, 7))
+    rows = torch.cat([still[:, None], moved], 1)
     common.tidy(moves, "How may they move?")
     common.show_images(moves, rows.flatten(0, 1), 8,
                        f"a training image, then {deform.words()}")
@@ -634,11 +655,11 @@ def command(run, args):
         rows = common.subset(data, rows, args.images, args.seed)
         common.say_if_few(args.images, data)
     labelled = len(rows)
-    labels = data.labels[rows.to(run.device)]
+    labels = data.labels[rows]
     without = torch.arange(len(data.unlabelled)) + len(data.images)
-    rows = torch.cat([rows, without])
+    rows = torch.cat([rows, without])   # those with a label come first
     images = data.take(rows)
-    validation = data.images[validation.to(run.device)]
+    validation = data.images[validation]
     torch.manual_seed(args.seed)                        # the initial weights
     model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim).to(run.device)
     net, size, generator = common.distribute(model, run, args.batch_size)
@@ -646,8 +667,8 @@ def command(run, args):
     def score(part):
         """The ELBO of at most 10,000 images, the same noise every time."""
         fresh = torch.Generator(run.device).manual_seed(args.seed + 1)
-        some = torch.linspace(0, len(part) - 1, min(len(part), 10_000)).long()
-        return evaluate(model, part[some.to(run.device)], generator=fresh, amp=run.amp)
+        some = common.spaced(len(part), min(len(part), 10_000))
+        return evaluate(model, part[some], generator=fresh, amp=run.amp)
 
     last = common.Checkpoint(run, "vae", data, args.steps, args.resume, net)
     for row in fit(net, batches(images, size), steps=args.steps, lr=args.lr, beta=args.beta,
@@ -663,10 +684,12 @@ def command(run, args):
     deform = Deformations.fit(images[:labelled], labels, fresh)
     *nll, mirrored = deform.nll
     tried = {"strengths": list(STRENGTHS), "nll": nll, "nll_mirrored": mirrored}
-    metrics = {"train": score(images), "test": score(data.test_images), "proof": tried,
-               "strength": deform.strength, "mirror": deform.mirror, "history": last.history}
-    common.write(run.out / "vae.png", draw(last.history, model, deform, images, data, run.amp,
-                                           generator))
+    metrics = {"train": score(images), "test": score(data.test_images),
+               "proof": tried,
+               "strength": deform.strength, "mirror": deform.mirror,
+               "history": last.history}
+    picture = draw(last.history, model, deform, images, data, run.amp, generator)
+    common.write(run.out / "vae.png", picture)
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
                 model=model.cpu().state_dict(), deformations=deform.fields())
     if len(without):
