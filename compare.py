@@ -547,7 +547,8 @@ def parse_args(argv=None):
         help="optimiser steps of a VAE; if not given, 600, or 3000 with --unlabelled")
     add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size D")
     add("--jobs", type=common.number(int, 1),
-        help="number of processes; if not given, one per core, or one on a GPU")
+        help="number of processes; if not given, one per core; on a GPU at most four, which "
+        "share it: give 1 where it serves one process only")
     add("--gather", action="store_true",
         help="train nothing; make the result of the cells that are finished")
     return parser.parse_args(argv)
@@ -608,7 +609,11 @@ def train_missing(run, args, grid: Grid) -> list:
     torch.set_num_threads(threads)      # everywhere: jobs must not change a result
     jobs = args.jobs
     if jobs is None:
-        jobs = run.cores // threads if run.device.type == "cpu" else 1
+        jobs = max(run.cores // threads, 1)
+        if run.device.type == "cuda":   # one process keeps it busy for a part of the time
+            jobs = min(jobs, 4)
+        if run.device.type == "mps":
+            jobs = 1
     shared = None
     recipe = next(iter(grid.recipes.values()))
     if recipe["unlabelled"] and units:
@@ -760,7 +765,7 @@ def publish(run, grid: Grid, failed):
 
     report(table)
     print(run.out / "compare.csv", run.out / "compare.json", sep="\n")
-    steps = ("vae", "latent", "hybrids", "cnn", "compare", "summary")
+    steps = ("vae", "latent", "review", "hybrids", "cnn", "compare", "summary")
     pictures = [name for name in steps if (run.out / f"{name}.png").exists()]
     print(f"pictures in {run.out}:", *(f"{name}.png" for name in pictures))
     print(*answers(table), sep="\n")

@@ -6571,8 +6571,10 @@ def test_gather_of_nothing_is_a_mistake(tmp_path, capsys):
     (["--threads", 2], "cpu", 2),
     (["--jobs", 3], "cpu", 3),
     (["--jobs", 9], "cpu", 5),          # there are no more subsets
-    ([], "cuda", 1)])
-def test_a_job_a_core_unless_told_otherwise(tmp_path, monkeypatch, words, device, wanted):
+    ([], "cuda", 4),                    # of eight cores
+    (["--jobs", 1], "cuda", 1),
+    ([], "mps", 1)])
+def test_a_job_per_core_unless_told_otherwise(tmp_path, monkeypatch, words, device, wanted):
     calls = []
 
     def run_grid(units, work, jobs, threads, progress):
@@ -6585,7 +6587,7 @@ def test_a_job_a_core_unless_told_otherwise(tmp_path, monkeypatch, words, device
     args = compare.parse_args([str(word) for word in words])
     started = common.start(args)
     grid = compare.plan(started, args)
-    started.cores = 4
+    started.cores = 8 if device == "cuda" else 4
     started.device = torch.device(device)
     compare.train_missing(started, args, grid)
     started.release()
@@ -8095,7 +8097,7 @@ def test_make_quick_leaves_every_file_and_picture(quick):
 
 def test_make_says_at_its_end_where_the_pictures_are_and_one_sentence(quick):
     *_, where, answer = quick.first.rstrip().splitlines()
-    pictures = "vae.png latent.png hybrids.png cnn.png compare.png summary.png"
+    pictures = "vae.png latent.png review.png hybrids.png cnn.png compare.png summary.png"
     assert where == f"pictures in {quick.out}: {pictures}"
     assert re.fullmatch(r"20 images: hybrids change accuracy by .* points \(2 subsets\): .*",
                         answer)
