@@ -6607,6 +6607,7 @@ def note_grid(tmp_path_factory, tiny, *words):
         pools = note_calls(patch, hybrids, "make")
         moves = note_calls(patch, cnn, "moving")
         sources = note_calls(patch, cnn, "batches")
+        noted.spreads = note_calls(patch, latent, "spread_labels")
         asked = note_deformations(patch)
         noted.scores = note_calls(patch, compare, "evaluate")
         facts = compared(out, "--dataset", tiny, "--sizes", 12, "--seeds", 1, "--seed", 3,
@@ -7367,12 +7368,16 @@ def few(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         fits = {kind: note_fits(patch, SCRIPTS[kind]) for kind in ("vae", "cnn")}
         maps = note_calls(patch, latent, "draw_map")
+        spreads = note_calls(patch, latent, "spread_labels")
+        patch.setattr(vae.Deformations, "fit", found((0.75, False)))
         assert run("vae", "--dataset", tiny, "-o", out, "--steps", 60, "--latent-dim", 4,
                    "--labels", 30, "--no-amp") == 0
         assert run("latent", "-o", out, "--no-amp") == 0
-        assert run("hybrids", "-o", out, "--count", 300, "--no-amp") == 0
+        assert run("hybrids", "-o", out, "--count", 300, "--no-deform",
+                   "--no-amp") == 0
         assert run("cnn", "-o", out, "--steps", 40, "--width", 8, "--no-amp") == 0
-    noted = SimpleNamespace(out=out, vae=fits["vae"][0], cnn=fits["cnn"][0], map=maps[0])
+    noted = SimpleNamespace(out=out, vae=fits["vae"][0], cnn=fits["cnn"][0], map=maps[0],
+                            spread=spreads[0])
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.data = dataset(tiny, out, "--labels", 30)
     noted.pool, noted.validation = common.split(noted.data)
@@ -7394,7 +7399,7 @@ def test_labels_are_those_given_and_those_spread_from_them(few):
     given = rows < len(few.data.images)
     assert torch.equal(saved["given"], given)
     assert torch.equal(saved["labels"][given], few.data.labels[few.pool])
-    wanted = latent.spread_labels(saved["mu"], few.data.labels[few.pool], 3)
+    _, wanted = few.spread
     assert torch.equal(saved["labels"], wanted)
     right = []
     for row, label in zip(rows.tolist(), saved["labels"].tolist()):
@@ -7402,6 +7407,18 @@ def test_labels_are_those_given_and_those_spread_from_them(few):
         if name.startswith("train"):
             right.append(label == few.true[name])
     assert np.mean(right) > 0.95
+
+
+def test_labels_are_spread_by_codes_and_by_images_that_move(few):
+    (mu, y, classes, distances, share), _ = few.spread
+    rows = few.files["vae"]["rows"]
+    assert torch.equal(mu, few.files["latent"]["mu"])
+    assert torch.equal(y, few.data.labels[few.pool])
+    assert (classes, share) == (3, 0.75)
+    near = torch.arange(len(rows)).flip(0)[:, None]
+    deform = deformations(0.75, False)
+    wanted = deform.distances(few.data.take(rows), near)
+    assert torch.allclose(distances(near), wanted)
 
 
 def test_hybrids_are_of_given_and_of_spread_labels(few):
@@ -7781,6 +7798,16 @@ def test_classifiers_of_hybrids_also_see_real_images_under_spread_labels(semi):
         assert torch.equal(images, pool.images[12:])
         assert torch.equal(q, one_hot(pool.codes.y[12:]))
     assert semi.sources["real"][-1] is None
+
+
+def test_the_comparison_spreads_labels_by_codes_and_by_images_that_move(semi):
+    ((mu, y, classes, distances, share), _), = semi.spreads
+    images = semi.pools["real+hybrid"].images
+    assert len(mu) == len(images)
+    assert torch.equal(y, semi.data.labels[semi.subset])
+    assert (classes, share) == (3, 0.5)
+    near = torch.arange(len(images)).flip(0)[:, None]
+    assert torch.allclose(distances(near), semi.asked[0].distances(images, near))
 
 
 def test_labels_that_mislead_are_not_spread():

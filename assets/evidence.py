@@ -27,12 +27,14 @@ TABLES = {}                             # name -> the function that writes this 
 
 # Every set with its sizes.
 SETS = [
-    ("MNIST", "mnist", (100, 300, 1000)),
-    ("Fashion-MNIST", "fashion-mnist", (100, 300, 1000)),
-    ("CIFAR-10", "cifar10", (300,)),
+    ("MNIST", "mnist", (50, 100, 300, 1000, 3000)),
+    ("Fashion-MNIST", "fashion-mnist", (50, 100, 300, 1000)),
+    ("CIFAR-10", "cifar10", (100, 300, 1000)),
     ("glyphs", "glyphs", (100,)),
+    ("8x8 digits", "digits", (50, 100, 300)),
 ]
-GREY = ("MNIST", "Fashion-MNIST", "glyphs")
+EVERY = tuple(name for name, _, _ in SETS)
+GREY = ("MNIST", "Fashion-MNIST", "glyphs", "8x8 digits")
 
 
 class Row(NamedTuple):
@@ -75,14 +77,32 @@ LEADERBOARD = [
           "none found", 38),
 ]
 
-# The arms of the controls, in words. "other cut" is no arm of compare.py: it stands for the
-# setting of `cut` that is not the default of the set.
+# The arms of the controls, in words.
 CONTROLS = {
     "real": "real images only",
     "mixup": "mixup",
     "cutmix": "cutmix",
     "mixup+cutmix": "mixup and cutmix in turn",
-    "weight labels": "hybrids labelled by the mixing weight",
+    "deform": "all real images deformed, no hybrids",
+    "deformed images": "hybrids of one image each",
+    "undeformed hybrid": "hybrids that do not move",
+    "cross-faded hybrid": "sources not brought into register",
+    "weight labels": "labelled by the mixing weight",
+    "density labels": "labelled by the density",
+    "no residual": "all decoded, nothing added back",
+    "hybrid only": "hybrids only, to the last step",
+    "prior hybrid": "points from N(0, I), density labels",
+    "reconstructions": "reconstructions, hard labels",
+    "latent posterior": "the latent posterior, no CNN",
+}
+
+# Those of before hybrids moved. "other cut" is no arm of compare.py: it stands for the setting
+# of `cut` that is not the default of the set.
+EARLIER = {
+    "real": "real images only",
+    "mixup": "mixup",
+    "mixup+cutmix": "mixup and cutmix in turn",
+    "weight labels": "labelled by the mixing weight",
     "density labels": "labelled by the density",
     "all decoded": "all of them decoded",
     "no residual": "all decoded, nothing added back",
@@ -130,7 +150,7 @@ def result(stem):
     return json.loads((ASSETS / f"{stem}.json").read_text())
 
 
-def rows_of(names=("MNIST", "Fashion-MNIST", "CIFAR-10", "glyphs"), sizes=None):
+def rows_of(names=EVERY, sizes=None):
     """The lines of a table: one per set and size."""
     rows = []
     for name, stem, every in SETS:
@@ -214,7 +234,7 @@ def short(rows):
 
 @table("main-short")
 def main_short():
-    return short(rows_of(("MNIST", "Fashion-MNIST", "CIFAR-10"), (100, 300, 1000)))
+    return short(rows_of(("MNIST", "Fashion-MNIST", "CIFAR-10"), (100, 1000)))
 
 
 @table("main")
@@ -341,57 +361,112 @@ def colour_table():
     return against_cutmix(rows_of(("CIFAR-10",)))
 
 
+FEW = [Row("MNIST", "mnist-all", 50), Row("MNIST", "mnist-all", 100),
+       Row("Fashion-MNIST", "fashion-mnist-all", 100)]
+
+
 @table("labels")
 def labels():
-    head = ["data set", "labels", "real", "mixup", "posterior, no CNN", "mixed as pixels",
-            "pseudo-labels", "real+hybrid", "over real", "over pixels", "over pseudo-labels"]
-    rows = [Row("MNIST", "mnist-all", 50), Row("MNIST", "mnist-all", 100),
-            Row("Fashion-MNIST", "fashion-mnist-all", 100)]
+    """Grey images: ways to use those without a label."""
+    arms = ("real", "mixup", "latent posterior", "pseudo-labels", "augment+pseudo",
+            "deformed images", "real+hybrid")
+    others = ("pseudo-labels", "augment+pseudo", "deformed images")
     lines = []
-    for row in rows:
+    for row in FEW:
         cells = [row.name, str(row.n)]
-        for arm in ("real", "mixup", "latent posterior", "mixup density labels",
-                    "pseudo-labels", "real+hybrid"):
-            cells.append(percent(row, arm))
-        for other in ("real", "mixup density labels", "pseudo-labels"):
-            cells.append(over(row, "real+hybrid", other))
+        cells += [percent(row, arm) for arm in arms]
+        cells += [over(row, "real+hybrid", arm) for arm in others]
         lines.append(cells)
+    return grid(["data set", "labels", *arms, *(f"over {arm}" for arm in others)], lines)
+
+
+@table("labels-nll")
+def labels_nll():
+    """The NLL of the same arms."""
+    arms = ("real", "latent posterior", "pseudo-labels", "augment+pseudo", "deformed images",
+            "real+hybrid")
+    others = ("pseudo-labels", "augment+pseudo", "deformed images")
+    lines = []
+    for row in FEW:
+        cells = [row.name, str(row.n)]
+        cells += [f"{mean(row, arm, 'nll'):.3f}" for arm in arms]
+        cells += [pm(difference(row, "real+hybrid", arm, "nll"), 3) for arm in others]
+        lines.append(cells)
+    head = ["data set", "labels", *arms, *(f"less {arm}" for arm in others)]
     return grid(head, lines)
 
 
-def control_rows():
-    """The three sets of controls, with 100 and with 1,000 images."""
-    rows = []
-    for name, stem, _ in SETS[:3]:      # the others have no controls
-        rows += [Row(name, f"{stem}-controls", 100), Row(name, f"{stem}-controls", 1000)]
-    return rows
+@table("labels-colour")
+def labels_colour():
+    """CIFAR-10, where the labels do not predict each other."""
+    arms = ("real", "mixup+cutmix", "augment", "pseudo-labels", "augment+pseudo",
+            "real+hybrid", "augment+hybrid")
+    row = Row("CIFAR-10", "cifar10-all", 300)
+    cells = [f"{row.n:,}"] + [percent(row, arm) for arm in arms]
+    cells.append(over(row, "augment+hybrid", "augment+pseudo"))
+    return grid(["labels", *arms, "augment+hybrid over augment+pseudo"], [cells], words=0)
 
 
-def control_head():
-    return [""] + [f"{row.name}, {row.n:,}" for row in control_rows()]
+@table("spread")
+def spread():
+    """How many of the labels that are spread are right, by what a neighbour is."""
+    words = {"codes": "codes alone", "images": "images alone, once they have moved",
+             "by s": "both, by the strength s: taken"}
+    lines = []
+    for line in result("trials")["labels along deformed images"]["rows"]:
+        right = list(line["right"].values())
+        lines.append([line["set"], f"{line['images']:,}", words[line["distance"]],
+                      str(len(right)), pm(compare.interval(right), sign="")])
+    head = ["data set", "images", "what is near", "subsets", "of the spread labels right, %"]
+    return grid(head, lines, words=3)
+
+
+def control_rows(end, n):
+    """The three sets of controls."""
+    return [Row(name, f"{stem}-controls{end}", n) for name, stem, _ in SETS[:3]]
+
+
+def control_table(arms, rows):
+    """Points ahead of the default hybrids."""
+    lines = []
+    for arm, words in arms.items():
+        lines.append([words] + [over(row, arm, "real+hybrid") for row in rows])
+    return grid([""] + [f"{row.name}, {row.n:,}" for row in rows], lines)
 
 
 @table("controls")
 def controls():
-    lines = []
-    for arm, words in CONTROLS.items():
-        lines.append([words] + [over(row, arm, "real+hybrid") for row in control_rows()])
-    return grid(control_head(), lines)
+    return control_table(CONTROLS, control_rows("", 100))
+
+
+@table("controls-before")
+def controls_before():
+    return control_table(EARLIER, control_rows("-before", 1000))
 
 
 @table("controls-nll")
 def controls_nll():
+    rows = control_rows("", 100)
     lines = []
-    for arm in ("mixup", "mixup+cutmix", "weight labels", "density labels", "all decoded"):
-        cells = [CONTROLS[arm]]
-        for row in control_rows():
+    for arm, words in CONTROLS.items():
+        if arm in ("latent posterior", "cutmix", "real"):
+            continue
+        cells = [words]
+        for row in rows:
             cells.append(pm(difference(row, arm, "real+hybrid", "nll"), 3))
         lines.append(cells)
-    return grid(control_head(), lines)
+    return grid([""] + [f"{row.name}, {row.n:,}" for row in rows], lines)
 
 
 def yes(reached):
     return "yes" if reached else "no"
+
+
+def accurate(row, aim, what):
+    """A line of the aims: an accuracy that was to be reached."""
+    found = compare.interval(list(values(row, "real+hybrid").values()))
+    return [f"accuracy, {row.name}, {row.n:,} {what}", f"{aim:g}", pm(found, sign=""),
+            yes(found[0] >= aim)]
 
 
 def gained(words, row, other, aim, bound=False):
@@ -415,12 +490,11 @@ def not_behind(row, other):
 @table("aims")
 def aims():
     lines = []
-    for row, aim in zip(rows_of(("MNIST",)), (95.8, 97.5, 98.5)):
-        found = compare.interval(list(values(row, "real+hybrid").values()))
-        lines.append([f"accuracy, MNIST, {row.n:,} images", f"{aim}", pm(found, sign=""),
-                      yes(found[0] >= aim)])
+    sizes = (100, 300, 1000)
+    for row, aim in zip(rows_of(("MNIST",), sizes), (95.8, 97.5, 98.5)):
+        lines.append(accurate(row, aim, "images"))
     for name, points in (("MNIST", (6, 2, 0.8)), ("Fashion-MNIST", (1.5, 1.5, 1))):
-        for row, aim in zip(rows_of((name,)), points):
+        for row, aim in zip(rows_of((name,), sizes), points):
             lines.append(gained("over mixup", row, "mixup", aim, bound=True))
     for row in rows_of(("CIFAR-10",)):
         lines.append(gained("over mixup+cutmix", row, "mixup+cutmix", 0.5))
@@ -440,6 +514,43 @@ def aims():
     return grid(["aim", "asked", "measured", "reached"], lines)
 
 
+@table("aims-labels")
+def aims_labels():
+    """Few labels, many images."""
+    lines = []
+    for row, aim in zip(FEW, (97.8, 98.3, 79)):
+        lines.append(accurate(row, aim, "labels"))
+    for row in FEW:
+        gain, half = difference(row, "real+hybrid", "augment+pseudo")
+        less, error = difference(row, "real+hybrid", "augment+pseudo", "nll")
+        reached = gain > half or -less > error
+        lines.append([f"over augment+pseudo, {row.name}, {row.n} labels",
+                      "above 0 in accuracy or NLL",
+                      f"{pm((gain, half))}, NLL {pm((less, error), 3)}", yes(reached)])
+    for line, words in zip(result("review")["summary"], ("MNIST", "Fashion-MNIST")):
+        found = 100 * line["precision_50"]
+        lines.append([f"wrong labels among the first 50, {words}, %", "80", f"{found:.1f}",
+                      yes(found >= 80)])
+    return grid(["aim", "asked", "measured", "reached"], lines)
+
+
+@table("gpu")
+def gpu():
+    """What one GPU does, launched kernel by kernel."""
+    lines = []
+    for line in result("gpu")["rows"]:
+        quality = QUALITY[line["work"]].format(line["quality"])
+        lines.append([line["work"], line["how"], f"{line['seconds']:.1f}", quality])
+    return grid(["work, on all of MNIST", "how", "seconds", "quality"], lines, words=2)
+
+
+@table("gpu-grid")
+def gpu_grid():
+    """How much of a grid is done in 45 seconds."""
+    lines = [[how, str(cells)] for how, cells in result("gpu")["grid"].items()]
+    return grid(["processes", "cells in 45 seconds"], lines)
+
+
 @table("leaderboard")
 def leaderboard():
     head = ["regime", "ours, test accuracy in %", "best published known to us",
@@ -450,7 +561,7 @@ def leaderboard():
         found = list(values(row, entry.arm).values())
         settings = result(entry.stem)["settings"]
         command = f"--dataset {settings['dataset']} --sizes {entry.n} --seeds {len(found)} "
-        if settings["vae_data"] == "all":       # as the flag was called before
+        if settings.get("unlabelled"):
             command += "--unlabelled "
         command += f"--arms {entry.arm}"
         lines.append([
