@@ -8134,6 +8134,39 @@ def test_a_second_make_does_nothing(quick):
     assert ".py" not in quick.second
 
 
+def photos(folder):
+    """Pictures of three classes, fifty each, and sixty of them again without a label."""
+    for k, (image, label) in enumerate(zip(*easy(210))):
+        where = folder / "unlabelled" if k >= 150 else folder / f"class{label}"
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(where / f"{k}.png")
+    return folder
+
+
+def test_a_folder_with_unlabelled_pictures_is_made_and_corrected(tree):
+    folder = photos(tree / "photos")
+    out = tree / "runs/quick"
+    words = ["quick", f"PYTHON={sys.executable}", "DATASET=photos", "IMAGE_SIZE=16"]
+    first = make(tree, *words)
+    assert "learnt from 100 images with a label, 60 without" in first
+    assert read(out / "vae.pt")["dataset"]["unlabelled"] == 60
+    lines = table_of(out / "latent.csv")
+    assert sum(line["part"] == "unlabelled" for line in lines) == 60
+    assert (out / "review.png").exists()
+    assert json.loads((out / "compare.json").read_text())["recipes"]["20"]["unlabelled"]
+
+    names = [f"unlabelled/{k}.png" for k in (150, 151, 152)]
+    fill_in(out / "review.csv", **{name: f"class{k}" for k, name in enumerate(names)})
+    planned = make(tree, "-n", *words, f"LABELS_FROM={out / 'review.csv'}")
+    assert [name for name in SCRIPTS if f" {name}.py " in planned] == list(SCRIPTS)
+    assert f"--labels-from {out / 'review.csv'}" in planned
+    data = dataset(folder, out, "--image-size", 16, "--labels-from", out / "review.csv")
+    rows = torch.tensor([data.names.index(name) for name in names])
+    assert data.labels_of(rows).tolist() == [0, 1, 2]
+    assert len(data.unlabelled) == 57
+    assert len(list(folder.rglob("*.png"))) == 210
+
+
 STAND_IN = """#!/bin/sh
 # In python's place: notes which script was called, and leaves its stem file.
 echo "$1" >> called
