@@ -655,10 +655,12 @@ def curves(left, right, table, rows, grid: Grid):
 
 
 def arm_look(arm) -> dict:
-    """One look an arm, whichever are compared."""
+    """One look per arm, whichever are compared."""
     place = list(ARMS).index(arm)
-    look = dict(color=common.COLOURS[place % 10], marker=common.MARKERS[place % 10],
-                ls=("-", "--", ":", "-.")[place % 4], lw=1.3)
+    again = place // 10                 # how often its colour was used before
+    look = dict(color=common.COLOURS[place % 10],
+                marker=common.MARKERS[(place + 3 * again) % 10],
+                ls=("-", "--", ":", "-.")[(place + again) % 4], lw=1.3)
     if arm == "real+hybrid":
         look.update(ls="-", lw=2.5)
     return look

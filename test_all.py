@@ -7948,6 +7948,13 @@ def test_a_grid_shows_its_rows_and_their_means(grid):
     assert heights_in(right) == approx(wanted)
 
 
+def test_no_two_arms_look_alike():
+    looks = {tuple(compare.arm_look(arm).items()) for arm in compare.ARMS}
+    assert len(looks) == len(compare.ARMS)
+    without_lines = {(look[0], look[1]) for look in looks}
+    assert len(without_lines) == len(compare.ARMS)
+
+
 def heights_in(axes):
     """The y of every point with an error bar."""
     heights = []
