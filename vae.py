@@ -334,9 +334,7 @@ class Deformations:
         The tangent distance (Simard et al. 1993): a deformation w moves an image along its
         tangents, by `tangents`, and costs |w|^2, so that the likelier ones are free to act.
         """
-        x = small(torch.cat([as_input(part).mean(1, keepdim=True)
-                             for part in images.split(1000)]))
-        x = F.avg_pool2d(blur(x, 1), 2)                 # tangents hold for smooth images
+        x = torch.cat([coarse(part) for part in images.split(1000)])
         pixels = x.flatten(1)
         # What no deformation explains, per pixel: half of what is between nearest images.
         some = torch.linspace(0, len(x) - 1, min(len(x), 1000), device=x.device).long()
@@ -348,9 +346,10 @@ class Deformations:
             along = difference @ tangent
             square = tangent.mT @ tangent
             square.diagonal(dim1=1, dim2=2).add_(noise)
-            w = torch.linalg.solve(square, along.mT).mT                     # (B,k,R)
+            w = torch.linalg.solve(square, along.mT).mT                     # least squares
             explained = (along * w).sum(2)
-            parts.append((difference.square().sum(2) - explained).clamp(min=0))
+            left = difference.square().sum(2) - explained
+            parts.append(left.clamp(min=0))             # rounding may leave it below
         return torch.cat(parts)
 
 
@@ -401,6 +400,14 @@ def warp(x, flow):
     places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
     places = places + flow / half_sides(height, width, x.device)
     return F.grid_sample(x, places, padding_mode="border", align_corners=False)
+
+
+def coarse(images):
+    """Images as of `as_input` -> grey ones (B,1,h,w), half the side, so smooth that small
+    flows change them in proportion.
+    """
+    x = small(as_input(images).mean(1, keepdim=True))
+    return F.avg_pool2d(blur(x, 1), 2)
 
 
 def tangents(x, directions):

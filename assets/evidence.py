@@ -2,10 +2,11 @@
 
     python assets/evidence.py                # rewrite the tables of the pages in place
     python assets/evidence.py --check        # write nothing; exit code 1 names what differs
+    python assets/evidence.py --draw         # accuracy versus number of images, too
 
 Reads:  assets/*.json.
 Writes: README.md assets/METHOD.md assets/EVIDENCE.md, between `<!-- table NAME -->` and
-        `<!-- end -->` and nowhere else.
+        `<!-- end -->` and nowhere else; with --draw assets/<data set>.png.
 """
 import argparse
 import functools
@@ -13,12 +14,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 ASSETS = Path(__file__).resolve().parent
 ROOT = ASSETS.parent
 sys.path.insert(0, str(ROOT))           # compare.py stands one folder up
 
+import common
 import compare
 
 PAGES = ("README.md", "assets/METHOD.md", "assets/EVIDENCE.md")
@@ -779,11 +782,30 @@ def differences():
     return found
 
 
+def draw():
+    """Accuracy versus number of images, a picture for each set of several sizes."""
+    for name, stem, sizes in SETS:
+        if len(sizes) == 1:
+            continue
+        lines = []
+        for row in rows_of((name,)):
+            lines += [line for line in result(row.stem)["rows"] if line["n"] == row.n]
+        recipe = {"unlabelled": False, "score": "test"}
+        measured = SimpleNamespace(recipes={"every": recipe}, data=SimpleNamespace(name=name))
+        figure = common.figure(13, 5.6)
+        compare.curves(*figure.subplots(1, 2), compare.summarise(lines), lines, measured)
+        common.write(ASSETS / f"{stem}.png", figure)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser("evidence.py", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true",
                         help="write nothing, name what differs")
+    parser.add_argument("--draw", action="store_true",
+                        help="draw the curves of the data sets as well")
     args = parser.parse_args(argv)
+    if args.draw:
+        draw()
     # What differs is looked for before anything is written: afterwards nothing would.
     differ = differences()
     if args.check:
