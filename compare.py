@@ -527,7 +527,7 @@ def verdict(gain, half) -> str:
 
 
 def plus_minus(entry, what, sign="") -> str:
-    """A mean of an entry of the summary, with the half-width of its interval, if it has one."""
+    """A mean in an entry of the summary, and the half-width of its interval, if any."""
     half = entry[f"{what}_half"]
     text = f"{entry[what]:{sign}.1f}"
     return text if half is None else f"{text} ± {half:.1f}"
