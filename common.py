@@ -1122,8 +1122,10 @@ def as_bytes(content, suffix: str):
     """What a .json, .csv, .png or .pt file of this content holds."""
     if suffix == ".json":
         return json.dumps(content, indent=1, allow_nan=False).encode()
-    if suffix == ".csv":
-        return content.encode(errors="backslashreplace")
+    if suffix == ".csv":                # a list of lines, each a list of cells
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(content)
+        return text.getvalue().encode(errors="backslashreplace")
     buffer = io.BytesIO()
     if suffix == ".png":
         content.savefig(buffer, format="png")

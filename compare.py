@@ -84,6 +84,9 @@ CODES = 20_000                          # most codes that a density is made of
 SCORES = {"accuracy": 1, "balanced_accuracy": 1, "nll": 28, "brier": 2.01, "ece": 1.01,
           "temperature": 16, "scaled_nll": 28, "scaled_ece": 1.01, "noise": 1, "blur": 1,
           "shift": 1}
+# What a folder may hold when all steps have run, in their order.
+PICTURES = ("vae.png latent.png review.png hybrids.png cnn.png compare.png "
+            "summary.png").split()
 AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
 
 
@@ -123,12 +126,8 @@ class Source(NamedTuple):
 
     def pool(self, arm, count, deform, seed):
         """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
-        morph = None
-        lines = None
-        grey = self.images.shape[1] == 1                # colour images are cut
-        if deform and arm.morph and grey and deform.strength > 0:
-            morph = functools.partial(vae.Morph, strength=deform.strength)
-            lines = hybrids.LINES
+        colour = self.images.shape[1] == 3              # its hybrids are cut
+        morph, lines = hybrids.registration(vae.Morph, deform if arm.morph else None, colour)
         generator = generator_for(self.codes.mu, seed)
         if arm.strategy == "images":
             points = hybrids.sample("around", count, self.codes, generator)
@@ -139,12 +138,6 @@ class Source(NamedTuple):
         return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
                             residual=arm.residual, cut=arm.cut, morph=morph, deform=deform,
                             generator=generator)
-
-
-def source_of_subset(images, y, classes, seed, recipe) -> Source:
-    """A VAE of n images, and their codes."""
-    model = train_vae(images, seed, recipe)
-    return source_of(images, y, classes, model, recipe["amp"])
 
 
 def source_of_all(images, y, classes, recipe, model, unlabelled, deform) -> Source:
@@ -225,7 +218,9 @@ def corrupt(images, seed=0):
     copies = {"noise": x + 0.15 * noise,
               "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
               "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
-    return {name: (copy.clamp(0, 1) * 255).round().byte() for name, copy in copies.items()}
+    for name, copy in copies.items():
+        copies[name] = (copy.clamp(0, 1) * 255).round().byte()
+    return copies
 
 
 def evaluate(logits_of, images, y, validation, validation_y) -> dict:
@@ -259,6 +254,10 @@ class Grid(NamedTuple):
     recipes: dict                       # n -> settings that a cell depends on
     folder: Path                        # of the cells
 
+    def recipe(self) -> dict:
+        """Of any size: what sizes have in common."""
+        return next(iter(self.recipes.values()))
+
     def units(self):
         """The largest first: at the end of a grid no core waits long for another."""
         return list(itertools.product(sorted(self.recipes, reverse=True), self.seeds))
@@ -269,16 +268,27 @@ class Grid(NamedTuple):
         mark = common.fingerprint(settings.encode())
         return self.folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
 
+    def finished(self, n, seed, arm):
+        """The row of a cell, or None."""
+        return read_cell(self.cell(n, seed, arm), n, seed, arm)
+
     def missing(self, unit) -> list:
         """The arms of a unit that have no cell yet."""
-        return [arm for arm in self.arms
-                if read_cell(self.cell(*unit, arm), *unit, arm) is None]
+        return [arm for arm in self.arms if self.finished(*unit, arm) is None]
 
     def rows(self) -> list:
         """The finished cells, by size, subset and arm."""
-        cells = itertools.product(sorted(self.recipes), self.seeds, self.arms)
-        rows = [read_cell(self.cell(*cell), *cell) for cell in cells]
-        return [row for row in rows if row is not None]
+        rows = []
+        for cell in itertools.product(sorted(self.recipes), self.seeds, self.arms):
+            row = self.finished(*cell)
+            if row is not None:
+                rows.append(row)
+        return rows
+
+
+def mark_of(row: dict) -> str:
+    """By which a cell knows that its row is as it was written."""
+    return common.fingerprint(json.dumps(row).encode())
 
 
 def read_cell(file: Path, n: int, seed: int, arm: str):
@@ -287,8 +297,8 @@ def read_cell(file: Path, n: int, seed: int, arm: str):
         common.require_regular(file)
         row, mark = json.loads(file.read_text())
         asked = {"n": n, "seed": seed, "arm": arm, "sources": int(row["sources"])}
-        fits = (mark == common.fingerprint(json.dumps(row).encode())
-                and row == {**row, **asked} and [*row] == [*asked, *SCORES]
+        fits = (mark == mark_of(row) and row == {**row, **asked}
+                and [*row] == [*asked, *SCORES]
                 and all(0 <= row[key] <= SCORES[key] for key in SCORES))
     except Exception:                   # there are many ways to be no cell
         return None
@@ -296,7 +306,7 @@ def read_cell(file: Path, n: int, seed: int, arm: str):
 
 
 def write_cell(file: Path, row: dict):
-    common.write(file, [row, common.fingerprint(json.dumps(row).encode())])
+    common.write(file, [row, mark_of(row)])
 
 
 class Unit:
@@ -329,7 +339,8 @@ class Unit:
         labelled = (self.images, self.y, self.classes)
         if self.shared:
             return source_of_all(*labelled, self.recipe, *self.shared, self.deform)
-        return source_of_subset(*labelled, self.seed, self.recipe)
+        model = train_vae(self.images, self.seed, self.recipe)
+        return source_of(*labelled, model, self.recipe["amp"])
 
     def row(self, name: str) -> dict:
         """Train an arm and score it."""
@@ -340,20 +351,24 @@ class Unit:
         if arm.strategy == "posterior":
             logits_of = self.source.classify
         else:
-            made = None
-            spread = None
-            deform = None               # fitted where it is needed
-            if arm.change == "deform" or (arm.strategy and arm.deform):
-                deform = self.deform
-            if arm.strategy:
-                count = min(POOL, BATCH * self.recipe["steps"])
-                made = self.source.pool(arm, count, deform, self.seed)
-                spread = self.source.beyond(len(self.y), self.classes)
-            model = train_cnn(arm, self.images, self.y, self.classes, made, spread, deform,
-                              self.seed, self.recipe)
+            model = self.train(arm)
             logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
         return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,
                 **evaluate(logits_of, *self.scored, *self.fitting)}
+
+    def train(self, arm: Arm):
+        """The CNN of an arm."""
+        made = None
+        spread = None
+        deform = None                   # fitted where it is needed
+        if arm.change == "deform" or (arm.strategy and arm.deform):
+            deform = self.deform
+        if arm.strategy:
+            count = min(POOL, BATCH * self.recipe["steps"])
+            made = self.source.pool(arm, count, deform, self.seed)
+            spread = self.source.beyond(len(self.y), self.classes)
+        return train_cnn(arm, self.images, self.y, self.classes, made, spread, deform,
+                         self.seed, self.recipe)
 
 
 def rows_of(data, rows):
@@ -439,9 +454,11 @@ def sign_flip_p(differences):
     """Two-sided exact p of a mean difference: all 2^S signs; None but for 6 to 16 pairs."""
     if not 6 <= len(differences) <= 16:
         return None
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
-    sums = np.abs(signs @ differences)
-    return float(np.mean(sums >= abs(sum(differences)) - 1e-12))
+    signs = list(itertools.product((-1, 1), repeat=len(differences)))
+    sums = np.abs(np.array(signs) @ differences)
+    # Rounding must not take the signs as they are out of the count.
+    least = abs(sum(differences)) - 1e-12
+    return float(np.mean(sums >= least))
 
 
 def holm(ps):
@@ -450,7 +467,7 @@ def holm(ps):
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    corrected = [0.0] * len(ps)
+    corrected = list(ps)                # to be replaced, the smallest first
     worst = 0.0
     order = sorted(range(len(ps)), key=ps.__getitem__)
     for rank, k in enumerate(order):
@@ -468,24 +485,25 @@ def summarise(rows, pool=math.inf, base="real"):
     baseline = {(row["n"], row["seed"]): row for row in rows if row["arm"] == base}
     for n in sorted({row["n"] for row in rows}):
         for arm in ARMS:
-            own = [row for row in rows if row["n"] == n and row["arm"] == arm]
-            if own:
-                table.append(summary_entry(n, arm, own, baseline, hollow=2 * n > pool))
+            cells = [row for row in rows if row["n"] == n and row["arm"] == arm]
+            if cells:
+                table.append(summary_entry(n, arm, cells, baseline, hollow=2 * n > pool))
     tested = [entry for entry in table if entry.get("p") is not None]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested])):
         entry["p_holm"] = p
     return table
 
 
-def summary_entry(n, arm, own, baseline, hollow):
+def summary_entry(n, arm, cells, baseline, hollow):
     """What the rows of one size and arm say together."""
-    entry = {"n": n, "arm": arm, "subsets": len(own), "hollow": hollow}
-    accuracies = [100 * row["accuracy"] for row in own]
+    entry = {"n": n, "arm": arm, "subsets": len(cells), "hollow": hollow}
+    accuracies = []
     gains = []
-    for row in own:
+    for row in cells:
+        accuracies.append(100 * row["accuracy"])
         pair = baseline.get((n, row["seed"]))
         if pair is not None and pair["arm"] != arm:
-            gains.append(100 * row["accuracy"] - 100 * pair["accuracy"])
+            gains.append(accuracies[-1] - 100 * pair["accuracy"])
     for what, numbers in (("accuracy", accuracies), ("gain", gains)):
         if numbers:
             entry[what], half = interval(numbers)
@@ -493,8 +511,13 @@ def summary_entry(n, arm, own, baseline, hollow):
     if gains:
         entry["p"] = None if hollow else sign_flip_p(gains)
     for key in AVERAGED:
-        entry[key] = float(np.mean([row[key] for row in own]))
+        entry[key] = float(column(cells, key).mean())
     return entry
+
+
+def column(rows, key):
+    """What each of some rows has under a key, as an array."""
+    return np.array([row[key] for row in rows])
 
 
 def verdict(gain, half) -> str:
@@ -503,8 +526,10 @@ def verdict(gain, half) -> str:
     return "better than real" if gain > 0 else "worse than real"
 
 
-def plus_minus(mean, half, sign=""):
-    text = f"{mean:{sign}.1f}"
+def plus_minus(entry, what, sign="") -> str:
+    """A mean in an entry of the summary, and the half-width of its interval, if any."""
+    half = entry[f"{what}_half"]
+    text = f"{entry[what]:{sign}.1f}"
     return text if half is None else f"{text} ± {half:.1f}"
 
 
@@ -513,10 +538,10 @@ def answers(table):
     sentences = []
     for entry in table:
         if entry["arm"] == "real+hybrid" and "gain" in entry:
-            gain = plus_minus(entry["gain"], entry["gain_half"], "+")
+            gain = plus_minus(entry, "gain", "+")
+            result = verdict(entry["gain"], entry["gain_half"])
             sentences.append(f"{entry['n']:,} images: hybrids change accuracy by {gain} "
-                             f"points ({entry['subsets']} subsets): "
-                             f"{verdict(entry['gain'], entry['gain_half'])}")
+                             f"points ({entry['subsets']} subsets): {result}")
     return sentences
 
 
@@ -615,7 +640,7 @@ def train_missing(run, args, grid: Grid) -> list:
         if run.device.type == "mps":
             jobs = 1
     shared = None
-    recipe = next(iter(grid.recipes.values()))
+    recipe = grid.recipe()
     if recipe["unlabelled"] and units:
         images = torch.cat([grid.data.images[grid.pool.to(run.device)], grid.data.unlabelled])
         model = train_vae(images, 0, recipe)
@@ -627,17 +652,18 @@ def train_missing(run, args, grid: Grid) -> list:
 
 def curves(left, right, table, rows, grid: Grid):
     """Accuracy versus n, and the paired gain over `real`, on two axes."""
-    recipe = next(iter(grid.recipes.values()))
-    arms = [arm for arm in ARMS if any(entry["arm"] == arm for entry in table)]
+    seen = {entry["arm"] for entry in table}
+    arms = [arm for arm in ARMS if arm in seen]
     for k, arm in enumerate(arms):
         side = 1 + 0.03 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
-        x = [row["n"] * side for row in rows if row["arm"] == arm]
-        y = [100 * row["accuracy"] for row in rows if row["arm"] == arm]
-        left.scatter(x, y, s=9, color=arm_look(arm)["color"], alpha=0.5, linewidths=0)
+        dots = [row for row in rows if row["arm"] == arm]
+        left.scatter(side * column(dots, "n"), 100 * column(dots, "accuracy"), s=9, alpha=0.5,
+                     color=arm_look(arm)["color"], linewidths=0)
         entries = [entry for entry in table if entry["arm"] == arm]
         draw_arm(left, arm, entries, "accuracy", side)
-        draw_arm(right, arm, [entry for entry in entries if "gain" in entry], "gain", side)
+        draw_arm(right, arm, entries, "gain", side)
     right.axhline(0, color="black", lw=0.8)
+    recipe = grid.recipe()
     all_seen = recipe["unlabelled"]
     images = "labelled images" if all_seen else "real images"
     name, = common.legible([grid.data.name])
@@ -645,7 +671,7 @@ def curves(left, right, table, rows, grid: Grid):
                 f"{recipe['score']} accuracy, %")
     common.tidy(right, "How much better than real images alone?", images,
                 "paired difference, points")
-    sizes = sorted({entry["n"] for entry in table})
+    sizes = np.unique(column(table, "n"))
     for axes in (left, right):
         axes.set_xscale("log", subs=[])
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
@@ -668,24 +694,24 @@ def arm_look(arm) -> dict:
 
 def draw_arm(axes, arm, entries, what, side):
     """One curve with its intervals; hollow where there are none."""
+    # `real` has no gain, nor has an arm that no `real` can be paired with.
+    entries = [entry for entry in entries if what in entry]
     if not entries:
         return
-    x = [entry["n"] * side for entry in entries]
-    y = [entry[what] for entry in entries]
+    x = side * column(entries, "n")
+    y = column(entries, what)
     halves = [entry[f"{what}_half"] or 0 for entry in entries]
     look = arm_look(arm)
     axes.errorbar(x, y, halves, ms=6, label=arm, capsize=3, **look)
-    for entry in entries:
-        if entry["hollow"]:
-            axes.plot(entry["n"] * side, entry[what], look["marker"], color=look["color"],
-                      mfc="white", zorder=5)
+    hollow = column(entries, "hollow")
+    axes.plot(x[hollow], y[hollow], look["marker"], color=look["color"], mfc="white", zorder=5)
 
 
 def caption(table, all_seen) -> str:
     """What dots, bars and hollow marks are."""
-    subsets = max(entry["subsets"] for entry in table)
+    subsets = column(table, "subsets").max()
     parts = [f"{subsets} subsets, each a dot", "bars: 95% t intervals"]
-    if any(entry["hollow"] for entry in table):
+    if column(table, "hollow").any():
         parts.append("hollow: over half of the pool, no interval")
     if all_seen:
         parts.append("the VAE saw all images")
@@ -720,21 +746,26 @@ def report(table):
     """The closing table."""
     print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
     for entry in table:
-        accuracy = plus_minus(entry["accuracy"], entry["accuracy_half"])
-        line = f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}{entry['nll']:8.3f}" \
-               f"{entry['ece']:7.3f}"
+        accuracy = plus_minus(entry, "accuracy")
+        line = f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}"
+        line += f"{entry['nll']:8.3f}{entry['ece']:7.3f}"
         if "gain" in entry:
-            gain = plus_minus(entry["gain"], entry["gain_half"], "+")
+            gain = plus_minus(entry, "gain", "+")
             line += f"{gain:>16}  {verdict(entry['gain'], entry['gain_half'])}"
         print(line)
 
 
-def as_csv(rows) -> str:
-    """A line a cell, the names of the columns first."""
-    lines = [",".join(rows[0])]
-    for row in rows:
-        lines.append(",".join(str(value) for value in row.values()))
-    return "\n".join(lines) + "\n"
+def hybrids_against(rows, pool) -> dict:
+    """The gains of hybrid arms over each arm without them, by the name of that one."""
+    against = {}
+    for base in ARMS:
+        if "hybrid" in base:
+            continue
+        against[base] = []
+        for entry in summarise(rows, pool, base):
+            if "gain" in entry and "hybrid" in entry["arm"]:
+                against[base].append(entry)
+    return against
 
 
 def publish(run, grid: Grid, failed):
@@ -744,7 +775,8 @@ def publish(run, grid: Grid, failed):
         print(f"failed: {reason}", file=sys.stderr)
     common.require(rows, "there is no finished cell")
     table = summarise(rows, len(grid.pool))
-    common.write(run.out / "compare.csv", as_csv(rows))
+    lines = [row.values() for row in rows]
+    common.write(run.out / "compare.csv", [rows[0].keys(), *lines])
     fig = common.figure(13, 5.6)
     curves(*fig.subplots(1, 2), table, rows, grid)
     sheet = summary(run, table, rows, grid)
@@ -753,23 +785,16 @@ def publish(run, grid: Grid, failed):
         common.write(run.out / "summary.png", sheet)
     common.write(run.out / "compare.png", fig)
 
-    against = {}                        # hybrid arms against each that is not
-    for base in ARMS:
-        if "hybrid" not in base:
-            entries = summarise(rows, len(grid.pool), base)
-            against[base] = [entry for entry in entries
-                             if "gain" in entry and "hybrid" in entry["arm"]]
     common.write(run.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": grid.data.facts(),
         "recipes": grid.recipes, "settings": run.settings, "failed": failed, "summary": table,
-        "rows": rows, "hybrids_against": against,
+        "rows": rows, "hybrids_against": hybrids_against(rows, len(grid.pool)),
         "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
     report(table)
     print(run.out / "compare.csv", run.out / "compare.json", sep="\n")
-    steps = ("vae", "latent", "review", "hybrids", "cnn", "compare", "summary")
-    pictures = [name for name in steps if (run.out / f"{name}.png").exists()]
-    print(f"pictures in {run.out}:", *(f"{name}.png" for name in pictures))
+    pictures = [name for name in PICTURES if (run.out / name).exists()]
+    print(f"pictures in {run.out}:", *pictures)
     print(*answers(table), sep="\n")
     if failed:
         os.utime(run.out / "compare.json", (0, 0))      # so old that make begins it again
@@ -779,8 +804,10 @@ def publish(run, grid: Grid, failed):
 def command(run, args):
     grid = plan(run, args)
     if args.gather:
-        failed = [f"n={n} subset {seed}: not finished" for n, seed in grid.units()
-                  if grid.missing((n, seed))]
+        failed = []
+        for n, seed in grid.units():
+            if grid.missing((n, seed)):
+                failed.append(f"n={n} subset {seed}: not finished")
     else:
         failed = train_missing(run, args, grid)
     common.drop_checkpoint(run, "cnn")

@@ -8,9 +8,7 @@ Reads:  vae.pt latent.pt and their data set.
 Writes: hybrids.pt hybrids.json hybrids.png.
 """
 import argparse
-import csv
 import functools
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -67,6 +65,17 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> 
     t = random_weights(count, alpha, mu.device, generator)
     which = torch.arange(count, device=mu.device) % lines       # each line has several points
     return line(mu, i[which], j[which], t)
+
+
+def registration(morph, deform, cut):
+    """What brings sources into register, for `render`, and the most lines, for `sample`.
+
+    `morph` is vae.Morph. None, and None, of hybrids that are cut or do not deform.
+    """
+    if cut or deform is None or deform.strength == 0:
+        return None, None
+    # Each line is registered once, at a cost: so many of them serve any number of points.
+    return functools.partial(morph, strength=deform.strength), LINES
 
 
 def line(mu, i, j, t) -> Points:
@@ -384,19 +393,17 @@ def export(folder, x, q, classes):
     folders = []
     for k, name in enumerate(classes):
         folders.append(f"{k:03}-" + re.sub(r"[^\w-]", "_", name)[:50])
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", *classes])
-    names = []
+    table = [["file", *classes]]
     for k, row in enumerate(q):
-        names.append(f"{folders[int(row.argmax())]}/{k:06}.png")
-        table.writerow([names[-1]] + [f"{p:.5f}" for p in row.tolist()])
+        name = f"{folders[int(row.argmax())]}/{k:06}.png"
+        table.append([name, *(f"{p:.5f}" for p in row.tolist())])
     folder.mkdir(parents=True, exist_ok=True)
-    common.write(folder / "labels.csv", text.getvalue())        # first: it says what is ours
-    for image, name in zip(x, names):
-        (folder / name).parent.mkdir(exist_ok=True)
+    common.write(folder / "labels.csv", table)          # first: it says what is ours
+    for image, line in zip(x, table[1:]):
+        path = folder / line[0]
+        path.parent.mkdir(exist_ok=True)
         pixels = image.permute(1, 2, 0).squeeze(2).numpy()
-        with common.create(folder / name) as file:
+        with common.create(path) as file:
             Image.fromarray(pixels).save(file, "png")
 
 
@@ -441,15 +448,11 @@ def command(run, args):
     encode = functools.partial(encode_all, model, amp=run.amp)
     decode = functools.partial(decode_all, model, amp=run.amp)
     deform = Deformations.restore(upstream, run.device)
-    morph = None
-    lines = None
-    if args.deform and deform.strength > 0 and not args.cut:
-        morph = functools.partial(Morph, strength=deform.strength)
-        lines = LINES
+    deformed_by = deform if args.deform else None
+    morph, lines = registration(Morph, deformed_by, args.cut)
     points = sample(args.strategy, args.count, codes, generator, lines=lines)
     x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
-                cut=args.cut, morph=morph, deform=deform if args.deform else None,
-                generator=generator)
+                cut=args.cut, morph=morph, deform=deformed_by, generator=generator)
     metrics = measure(points, x, q, encode, codes.posterior)
     x = x.cpu()
     q = q.cpu()

@@ -9,9 +9,7 @@ Reads:  vae.pt and its data set; with --review, the new labels in review.csv, wh
 Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv review.png.
 """
 import collections
-import csv
 import functools
-import io
 import itertools
 import math
 import os
@@ -91,8 +89,8 @@ class Aggregate(Posterior):
         y = y[order].long()
         counts = y.bincount(minlength=classes)
         total = (mu - mu.mean(0)).square().mean(0)
-        own_mean = class_means(mu, y, classes)[y]
-        within = (mu - own_mean).square().sum(0)
+        centre = class_means(mu, y, classes)[y]
+        within = (mu - centre).square().sum(0)
         # One pseudo-observation of the total variance, for classes of one image each.
         freedom = len(y) - len(y.unique()) + 1
         s = ((within + total) / freedom).sqrt()
@@ -110,22 +108,22 @@ class Aggregate(Posterior):
         parts = []
         size = max(1, 2**21 // len(self.mu))            # pairs of point and code at once
         for rows in torch.arange(len(z), device=z.device).split(size):
-            own = None if logvar is None else logvar[rows].exp()
+            width = None if logvar is None else logvar[rows].exp()
             left_out = None if without is None else without[rows]
-            parts.append(self.class_columns(z[rows], own, left_out))
+            parts.append(self.class_columns(z[rows], width, left_out))
         return torch.cat(parts)
 
-    def class_columns(self, z, own, left_out):
-        """log p(z|c) (M,K) of a few points; `own` (M,D): their variances, if of images."""
+    def class_columns(self, z, width, left_out):
+        """log p(z|c) (M,K) of a few points; `width` (M,D): their variances, if of images."""
         columns = []
         start = 0
         for count in self.counts:
             mu = self.mu[start:start + count]
             variance = self.variance[start:start + count]
-            if own is None:
+            if width is None:
                 terms = log_normal(z, mu, variance)     # (M,count)
             else:
-                terms = log_normal_images(z, own, mu, variance)
+                terms = log_normal_images(z, width, mu, variance)
             size = torch.full_like(z[:, 0], count)
             if left_out is not None:
                 inside = (left_out >= start) & (left_out < start + count)
@@ -146,8 +144,9 @@ class Aggregate(Posterior):
         y = classes.repeat_interleave(torch.tensor(self.counts))
         y = y[rows].to(self.mu.device)
         rows = rows.to(self.mu.device)
-        own = None if logvar is None else logvar[rows]
-        return self.log_density(self.mu[rows], own, rows), y
+        if logvar is not None:
+            logvar = logvar[rows]
+        return self.log_density(self.mu[rows], logvar, rows), y
 
 
 class Gaussian(Posterior):
@@ -177,15 +176,16 @@ class Gaussian(Posterior):
         weight = (1 - shrinkage) * counts + shrinkage * len(y)
         mixed /= weight.clamp(min=1e-6)[:, None, None]
         # The ridge keeps the covariance of few codes, or of unused dimensions, invertible.
-        spread = mixed.diagonal(dim1=1, dim2=2).mean(1)
+        mean_variance = mixed.diagonal(dim1=1, dim2=2).mean(1)
         eye = torch.eye(mu.shape[1], device=mu.device)
-        jitter = (ridge * spread + 1e-6)[:, None, None] * eye
+        jitter = (ridge * mean_variance + 1e-6)[:, None, None] * eye
         covariance = (1 - ridge) * mixed + jitter
         posterior = cls(mean, covariance, counts / len(y))
-        rows = subsample(len(mu), 2000).to(mu.device)
-        some = subsample(len(mu), 500).to(mu.device)
+        some = subsample(len(mu), 2000)
+        of_points = posterior.log_density(mu[some])
+        some = subsample(len(mu), 500)
         of_images = posterior.log_density(mu[some], logvar[some])
-        posterior.set_floors(posterior.log_density(mu[rows]), of_images, quantile)
+        posterior.set_floors(of_points, of_images, quantile)
         return posterior
 
     def log_density(self, z, logvar=None):
@@ -195,10 +195,11 @@ class Gaussian(Posterior):
             return normal.log_prob(z[:, None])
         parts = []
         step = max(1, 2**23 // self.covariance.numel())         # (step,K,D,D) at once
-        for point, own in zip(z.split(step), logvar.exp().split(step)):
-            covariance = self.covariance + own.diag_embed()[:, None]
+        for rows in torch.arange(len(z), device=z.device).split(step):
+            width = logvar[rows].exp().diag_embed()
+            covariance = self.covariance + width[:, None]
             normal = torch.distributions.MultivariateNormal(self.mean, covariance)
-            parts.append(normal.log_prob(point[:, None]))
+            parts.append(normal.log_prob(z[rows, None]))
         return torch.cat(parts)
 
 
@@ -213,9 +214,9 @@ class Codes(NamedTuple):
     def restore(cls, saved: dict):
         """The codes of a loaded latent.pt that have a label, given or spread."""
         posterior = Aggregate(**saved["teaching"])
-        known = saved["labels"] >= 0
-        return cls(saved["mu"][known], saved["logvar"][known], saved["labels"][known],
-                   posterior)
+        y = saved["labels"]
+        known = y >= 0
+        return cls(saved["mu"][known], saved["logvar"][known], y[known], posterior)
 
 
 def teach(mu, logvar, y, classes, bandwidth=1.0):
@@ -224,8 +225,9 @@ def teach(mu, logvar, y, classes, bandwidth=1.0):
     T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
     """
     posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth, quantile=0.01)
-    log_density, own = posterior.leave_one_out()
-    right = posterior.weigh(log_density, posterior.log_floor).argmax(1) == own
+    log_density, labels = posterior.leave_one_out()
+    q = posterior.weigh(log_density, posterior.log_floor)
+    right = q.argmax(1) == labels
     accuracy = right.float().mean().item()
     guess = posterior.prior.max().item()
     skill = (accuracy - guess) / max(1 - guess, 1e-6)
@@ -255,18 +257,20 @@ def log_normal(z, mu, variance):
     return -0.5 * (square + log_volume + z.shape[1] * LOG_2PI)
 
 
-def log_normal_images(z, own, mu, variance):
-    """log N(z_m; mu_i, diag(variance_i + own_m)) (M,N): the integral over q(z|x_m).
+def log_normal_images(z, width, mu, variance):
+    """log N(z_m; mu_i, diag(variance_i + width_m)) (M,N): the integral over q(z|x_m).
 
     One dimension at a time keeps the memory at (M,N); eight variances share one logarithm.
     """
-    total = torch.full((len(z), len(mu)), z.shape[1] * LOG_2PI, device=z.device)
+    dim = z.shape[1]
+    total = torch.full((len(z), len(mu)), dim * LOG_2PI, device=z.device)
     product = torch.ones_like(total)
-    for d in range(z.shape[1]):
-        spread = own[:, d, None] + variance[None, :, d]
-        total.addcdiv_((z[:, d, None] - mu[None, :, d]).square_(), spread)
-        product *= spread
-        if d % 8 == 7 or d == z.shape[1] - 1:       # before the product leaves float32's range
+    for d in range(dim):
+        both = width[:, d, None] + variance[:, d]
+        difference = z[:, d, None] - mu[:, d]
+        total.addcdiv_(difference.square_(), both)
+        product *= both
+        if d % 8 == 7 or d == dim - 1:  # before the product leaves float32's range
             total += product.log_()
             product.fill_(1)
     return total.mul_(-0.5)
@@ -307,16 +311,15 @@ def subsample(n, most):
     return torch.randperm(n, generator=generator)[:most].sort()[0]
 
 
-def nearest_codes(mu, count):
-    """The nearest other codes of each of mu (N,D): their rows, squared distances (N,count)."""
-    count = min(count, len(mu) - 1)
+def nearest(z, mu, count):
+    """The nearest of codes mu (N,D) to points z (M,D): their rows, distances (M,count)."""
     rows = []
-    squares = []
-    for some in mu.split(max(1, 2**24 // len(mu))):
-        found = torch.cdist(some, mu).topk(count + 1, largest=False)
-        rows.append(found.indices[:, 1:])               # the nearest is the code itself
-        squares.append(found.values[:, 1:].square())
-    return torch.cat(rows), torch.cat(squares)
+    distances = []
+    for some in z.split(max(1, 2**24 // len(mu))):      # pairs at once
+        closest = torch.cdist(some, mu).topk(min(count, len(mu)), largest=False)
+        rows.append(closest.indices)
+        distances.append(closest.values)
+    return torch.cat(rows), torch.cat(distances)
 
 
 def neighbour_graph(mu, distances=None, share=0.0, neighbours=7):
@@ -326,8 +329,10 @@ def neighbour_graph(mu, distances=None, share=0.0, neighbours=7):
     d is that of the images behind the codes, `distances`: rows (N,M) -> (N,M); each kind is
     measured in that of the last neighbour.
     """
-    near, square = nearest_codes(mu, 50 if share else neighbours)
-    square = in_neighbours(square, neighbours)
+    candidates = 50 if share else neighbours
+    near, distance = nearest(mu, mu, 1 + candidates)
+    near = near[:, 1:]                  # the nearest is the code itself
+    square = in_neighbours(distance[:, 1:].square(), neighbours)
     if share:
         moved = in_neighbours(distances(near), neighbours)
         square = share * moved + (1 - share) * square
@@ -376,7 +381,8 @@ def labels_agree(graph, y, classes, alpha=0.99) -> bool:
         guess = spread(graph, known, y[known], classes, alpha)
         can_be_right = torch.isin(y[asked], y[known])
         right.append((guess[asked] == y[asked])[can_be_right])
-    return bool(torch.cat(right).float().mean() > 0.5 + 0.5 / classes)
+    share = torch.cat(right).float().mean()
+    return bool(share > 0.5 + 0.5 / classes)
 
 
 def spread_labels(mu, y, classes, distances=None, share=0.0, neighbours=7, alpha=0.99):
@@ -387,11 +393,10 @@ def spread_labels(mu, y, classes, distances=None, share=0.0, neighbours=7, alpha
     """
     graph = neighbour_graph(mu.float(), distances, share, neighbours)
     given = y.cpu().long()
-    rows = given.argsort(stable=True)
-    found = spread(graph, rows, given[rows], classes, alpha)[len(y):]
+    others = spread(graph, torch.arange(len(y)), given, classes, alpha)[len(y):]
     if not labels_agree(graph, given, classes, alpha):
-        found = torch.full_like(found, -1)
-    return torch.cat([given, found]).to(y.device)
+        others = torch.full_like(others, -1)
+    return torch.cat([given, others]).to(y.device)
 
 
 def suspects(q, y):
@@ -401,14 +406,12 @@ def suspects(q, y):
     confident learning (Northcutt et al. 2021), each class is measured by what the images that
     are labelled so have of it on average; the order is that of q(y) to q(that other class).
     """
-    own_share = F.one_hot(y, q.shape[1]).to(q)
-    usual = (own_share * q).sum(0) / own_share.sum(0).clamp(min=1)
+    one_hot = F.one_hot(y, q.shape[1]).to(q)
+    usual = (one_hot * q).sum(0) / one_hot.sum(0).clamp(min=1)
     measured = q / usual.clamp(min=1e-6)
-    place = torch.arange(len(y), device=y.device)
-    own = measured[place, y]
-    others = measured.index_put((place, y), torch.zeros_like(own))
-    best, claim = others.max(1)
-    odds = own.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
+    of_label = measured.gather(1, y[:, None])[:, 0]
+    best, claim = measured.where(one_hot == 0, 0).max(1)
+    odds = of_label.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
     order = odds.argsort(stable=True)
     rows = order[odds[order] < 0]
     return rows, claim[rows]
@@ -438,22 +441,18 @@ def near_duplicates(mu, images, test_mu, test_images, most=0.05, neighbours=5):
     The nearest codes of each test image are looked at; the difference is the mean squared one
     of pixels, in parts of the test image's variance. The smallest first, `most` at most.
     """
-    k = min(neighbours, len(mu))
-    parts = []
-    for z in test_mu.split(max(1, 2**24 // len(mu))):
-        parts.append(torch.cdist(z, mu).topk(k, largest=False).indices)
-    nearest = torch.cat(parts)          # (T,k)
-    difference = torch.full(nearest.shape, math.inf, device=mu.device)
+    near, _ = nearest(test_mu, mu, neighbours)          # (T,k)
+    difference = torch.full(near.shape, math.inf, device=mu.device)
     for rows in torch.arange(len(test_mu), device=mu.device).split(1000):
         x = test_images[rows].float().flatten(1)
         variance = x.var(1, unbiased=False).clamp(min=1)
-        for j in range(k):
-            other = images[nearest[rows, j]].float().flatten(1)
+        for j in range(near.shape[1]):
+            other = images[near[rows, j]].float().flatten(1)
             difference[rows, j] = (x - other).square().mean(1) / variance
     least, j = difference.min(1)
     tests = (least <= most).nonzero()[:, 0]
     tests = tests[least[tests].argsort(stable=True)]
-    return nearest[tests, j[tests]], tests, least[tests]
+    return near[tests, j[tests]], tests, least[tests]
 
 
 def words(q, classes, most=2) -> str:
@@ -506,74 +505,73 @@ def undecided_points(mu, posterior, generator, count=200):
     return z[certainty.argsort()[:count]]
 
 
-def draw_map(axes, mu, y, classes, posterior, generator, crosses=7, given=None):
+def far_apart(points, centres, count=7) -> list:
+    """Rows of points (N,2), each as far as can be from the centres and those before it."""
+    taken = list(centres)
+    rows = []
+    for _ in range(count):              # there are few: no need to remember distances
+        distance = torch.cdist(points, torch.stack(taken)).amin(1)
+        rows.append(int(distance.argmax()))
+        taken.append(points[rows[-1]])
+    return rows
+
+
+def draw_map(axes, mu, y, classes, posterior, generator, given=None):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages.
 
     Labels y (N,) are -1 where there is none. Those `given` (N,) are large where not all are.
     To be drawn last of its figure: the labels are placed on the finished layout.
     """
     import common
-    from matplotlib.transforms import Bbox
     common.tidy(axes, "Where do the classes live?", "first main direction",
                 "second main direction")
+    large = torch.zeros_like(y, dtype=torch.bool)
+    size = 9                            # of the others
+    if given is not None and not given.all():
+        large = given
+        size = 4
     unknown = mu[y < 0]
     mu = mu[y >= 0]
-    given = None if given is None or given.all() else given[y >= 0]
+    large = large[y >= 0]
     y = y[y >= 0]
     mean, directions = plane_of(mu, y, len(classes))
     xy = (mu - mean) @ directions
     without = (unknown[:1500] - mean) @ directions
-    axes.scatter(without[:, 0], without[:, 1], s=3, color="0.6", alpha=0.35, linewidths=0)
-    centres = []
+    draw_points(axes, without, s=3, color="0.6", alpha=0.35, linewidths=0)
+    centres = {}
     for c in y.unique().tolist():
-        centres.append(xy[y == c].mean(0))
-        draw_class(axes, xy[y == c], c, None if given is None else given[y == c])
+        centres[c] = xy[y == c].mean(0)
+        draw_class(axes, xy[y == c], c, large[y == c], size)
 
     z = undecided_points(mu, posterior, generator)
     flat = (z - mean) @ directions
-    points = []
-    texts = []
-    for _ in range(crosses):            # each as far as can be from the centres and the others
-        taken = torch.stack(centres + points)
-        k = int(torch.cdist(flat, taken).amin(1).argmax())
-        points.append(flat[k])
-        q = posterior(z[k:k + 1])[0]
-        texts.append(words(q, classes))
-    points = torch.stack(points)
-    axes.plot(points[:, 0], points[:, 1], "x", color="black", ms=9, mew=2.2)
-
-    figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
-    figure.draw_without_rendering()     # settles the layout, and so the pixels
-    reach = 6 * figure.dpi / 72
-    pixels = axes.transData.transform(points)
-    boxes = [Bbox([pixel, pixel]).padded(reach) for pixel in pixels]
-    for c, centre in zip(y.unique().tolist(), centres):
+    crosses = far_apart(flat, centres.values())
+    boxes = draw_crosses(axes, flat[crosses])
+    for c, centre in centres.items():
         colour = common.COLOURS[c % 10]
         write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36),
                    edge=colour, size=11, weight="bold", zorder=9)
-    for text, point in zip(texts, points.tolist()):
-        write_near(axes, text, point, boxes, (15, 25, 38, 54), size=9.5, zorder=10)
+    for k in crosses:
+        text = words(posterior(z[[k]])[0], classes)
+        write_near(axes, text, flat[k].tolist(), boxes, (15, 25, 38, 54), size=9.5, zorder=10)
 
 
-def draw_class(axes, xy, c, given=None):
+def draw_points(axes, xy, **look):
+    """Points (N,2), not so many that they hide each other."""
+    axes.scatter(xy[:1500, 0], xy[:1500, 1], **look)
+
+
+def draw_class(axes, xy, c, large, size):
     """Points (N,2) of class c, and an ellipse of 1.5 standard deviations about their mean.
 
-    With `given` (N,) those are large, the others small.
+    `large` (N,) says which are drawn large; the others have a `size`.
     """
     import common
     from matplotlib.patches import Ellipse
     colour = common.COLOURS[c % 10]
     look = dict(color=colour, marker=common.MARKERS[c % 10])
-    large = xy[:0]
-    small = xy[:1500]                   # more would hide each other
-    size = 9
-    if given is not None:
-        large = xy[given][:1500]
-        small = xy[~given][:1500]
-        size = 4
-    axes.scatter(small[:, 0], small[:, 1], s=size, alpha=0.35, linewidths=0, **look)
-    axes.scatter(large[:, 0], large[:, 1], s=30, edgecolors="white", linewidths=0.5, zorder=3,
-                 **look)
+    draw_points(axes, xy[~large], s=size, alpha=0.35, linewidths=0, **look)
+    draw_points(axes, xy[large], s=30, edgecolors="white", linewidths=0.5, zorder=3, **look)
     if len(xy) < 3:
         return
     variance, turn = torch.linalg.eigh(xy.T.double().cov())
@@ -583,6 +581,19 @@ def draw_class(axes, xy, c, given=None):
     centre = xy.mean(0).tolist()
     ellipse = Ellipse(centre, width, height, angle=angle, fill=False, color=colour, lw=1.5)
     axes.add_patch(ellipse)
+
+
+def draw_crosses(axes, points) -> list:
+    """Draw an X at points (n,2) -> a box of pixels about each, which no text should cover."""
+    from matplotlib.transforms import Bbox
+    axes.plot(points[:, 0], points[:, 1], "x", color="black", ms=9, mew=2.2)
+    figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
+    figure.draw_without_rendering()     # settles the layout, and so the pixels
+    reach = 6 * figure.dpi / 72
+    boxes = []
+    for pixel in axes.transData.transform(points):
+        boxes.append(Bbox([pixel, pixel]).padded(reach))
+    return boxes
 
 
 def write_near(axes, text, point, boxes, radii, edge="none", **look):
@@ -600,8 +611,10 @@ def write_near(axes, text, point, boxes, radii, edge="none", **look):
         label.set_position(place)
         box = label.get_window_extent().padded(4)
         cut_off = box.width * box.height - overlap(box, [axes.bbox])
-        places.append((overlap(box, boxes) + 1000 * cut_off + radius, place))
-    label.set_position(min(places)[1])
+        cost = overlap(box, boxes) + 1000 * cut_off + radius
+        places.append((cost, place))
+    _, best = min(places)
+    label.set_position(best)
     boxes.append(label.get_window_extent().padded(4))
 
 
@@ -680,9 +693,13 @@ def worth(q, y) -> dict:
 
 SPREAD = 60_000                         # most images that labels are spread to
 REVIEWED = 100                          # most images of a kind in review.csv
-WHY = ("label looks wrong", "label would teach most", "nearly a training image")
+WRONG = "label looks wrong"
+TEACHING = "label would teach most"
+COPY = "nearly a training image"
+WHY = (WRONG, TEACHING, COPY)           # of a line in review.csv
 COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "like"]
-BANDWIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5)        # of the density; one is chosen
+BANDWIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5)        # of the aggregate; one is chosen
+SHRINKAGES = (0.0, 0.1, 0.5, 1.0)       # of the Gaussian; one is chosen
 
 
 class Part(NamedTuple):
@@ -693,10 +710,18 @@ class Part(NamedTuple):
     y: torch.Tensor                     # (N,) these and, among training images, spread ones
     mu: torch.Tensor                    # (N,D)
     logvar: torch.Tensor                # (N,D)
+    q: torch.Tensor | None = None       # (N,K) percentages, once they are known
 
     def take(self, some):
-        """The images of some places."""
-        return Part(self.name, *(column[some] for column in self[1:]))
+        """The images of some places, in that order, or of a mask."""
+        columns = []
+        for column in self[1:]:
+            columns.append(None if column is None else column[some])
+        return Part(self.name, *columns)
+
+    def codes(self):
+        """What a posterior is fitted to, or calibrated on."""
+        return self.mu, self.logvar, self.y
 
 
 def with_spread(part, data, deform):
@@ -709,14 +734,14 @@ def with_spread(part, data, deform):
     without = (part.given < 0).nonzero()[:, 0]
     if not len(without):
         return part.given
-    known = known[subsample(len(known), SPREAD).to(known.device)]
-    asked = without[subsample(len(without), SPREAD).to(known.device)]
+    known = known[subsample(len(known), SPREAD)]
+    asked = without[subsample(len(without), SPREAD)]
     some = torch.cat([known, asked])
     distances = functools.partial(deform.distances, data.take(part.rows[some]))
-    found = spread_labels(part.mu[some], part.given[known], len(data.classes), distances,
-                          deform.strength)
+    spread_to = spread_labels(part.mu[some], part.given[known], len(data.classes), distances,
+                              deform.strength)
     labels = part.given.clone()
-    labels[asked] = found[len(known):]
+    labels[asked] = spread_to[len(known):]
     count = int((labels[asked] >= 0).sum())
     if count:
         print(f"labels are spread to {count:,} of {len(without):,} images without one")
@@ -726,29 +751,28 @@ def with_spread(part, data, deform):
     return labels
 
 
+def calibrated_on(validation, kind, choices, known, classes):
+    """A kind of posterior of a part, calibrated on another part; its choice."""
+    def fit(choice):
+        return kind.fit(*known.codes(), classes, choice)
+
+    return calibrate(fit, choices, *validation.codes())
+
+
 def densities(known, prior, validation, test):
     """Both densities, calibrated, their q of the test images, what they are worth; by name.
 
     `known`, `validation` and `test` are parts, `prior` is (K,).
     """
-    codes = (known.mu, known.logvar, known.y)
     classes = len(prior)
-
-    def aggregate(bandwidth):
-        return Aggregate.fit(*codes, classes, bandwidth)
-
-    def gaussian(shrinkage):
-        return Gaussian.fit(*codes, classes, shrinkage)
-
-    narrow = aggregate(0.0)(test.mu, test.logvar)
+    narrow = Aggregate.fit(*known.codes(), classes, bandwidth=0.0)(test.mu, test.logvar)
     metrics = {"class priors": worth(prior.expand_as(narrow), test.y),
                "encoder's width": worth(narrow, test.y)}
     calibrated = {}
     shares = {}
-    for name, fit, choices in (("aggregate", aggregate, BANDWIDTHS),
-                               ("gaussian", gaussian, (0.0, 0.1, 0.5, 1.0))):
-        posterior, choice = calibrate(fit, choices, validation.mu, validation.logvar,
-                                      validation.y)
+    for name, kind, choices in (("aggregate", Aggregate, BANDWIDTHS),
+                                ("gaussian", Gaussian, SHRINKAGES)):
+        posterior, choice = calibrated_on(validation, kind, choices, known, classes)
         calibrated[name] = posterior
         shares[name] = posterior(test.mu, test.logvar)
         metrics[name] = {**worth(shares[name], test.y), "choice": choice,
@@ -761,81 +785,81 @@ def without_own(posterior, part, some):
 
     The aggregate `posterior` is that of these places.
     """
-    own = torch.full_like(part.rows, -1)
-    own[some[part.y[some].argsort(stable=True)]] = torch.arange(len(some), device=own.device)
-    log_density = posterior.log_density(part.mu, part.logvar, own)
+    code = torch.full_like(part.rows, -1)               # of each image, -1 for none
+    by_class = part.y[some].argsort(stable=True)        # the order of an aggregate's codes
+    code[some[by_class]] = torch.arange(len(some), device=code.device)
+    log_density = posterior.log_density(part.mu, part.logvar, code)
     return posterior.weigh(log_density, posterior.image_floor)
 
 
-def percentage_table(data, parts) -> str:
-    """CSV of a line an image: its labels, its likeliest class, how sure that is, all shares.
+def percentage_table(data, parts):
+    """A line an image: its labels, its likeliest class, how sure that is, all shares.
 
-    `parts`: a part and its q (N,K) each.
+    Each is made as it is written: all of them may take much memory.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow("image part label spread likeliest sure".split() + data.classes)
+    yield "image part label spread likeliest sure".split() + data.classes
     names = [*data.classes, ""]         # the last one, -1, is none
-    for part, q in parts:
-        sure, likeliest = q.max(1)
-        columns = (part.rows, part.given, part.y, likeliest, sure, q)
-        for row, label, y, best, most, shares in zip(*(column.tolist() for column in columns)):
-            table.writerow([data.names[row], part.name if label >= 0 else "unlabelled",
-                            names[label], names[y] if y != label else "", names[best],
-                            f"{most:.4f}", *(f"{share:.4f}" for share in shares)])
-    return text.getvalue()
+    for part in parts:
+        sure, likeliest = part.q.max(1)
+        tensors = (part.rows, part.given, part.y, likeliest, sure, part.q)
+        columns = [tensor.tolist() for tensor in tensors]
+        for row, label, y, best, most, shares in zip(*columns):
+            source = part.name if label >= 0 else "unlabelled"
+            spread_label = names[y] if y != label else ""
+            line = [data.names[row], source, names[label], spread_label, names[best]]
+            for share in (most, *shares):
+                line.append(f"{share:.4f}")
+            yield line
 
 
-def shares_by_others(part, some, validation, classes):
-    """q (N,K) of the images of a part by the labels at the places `some`, never their own."""
-    known = part.take(some)
+def findings(data, train, labelled, test, seen) -> list:
+    """What a person should look at, a dict of `COLUMNS` an image.
 
-    def aggregate(bandwidth):
-        return Aggregate.fit(known.mu, known.logvar, known.y, classes, bandwidth)
-
-    posterior, _ = calibrate(aggregate, BANDWIDTHS, validation.mu, validation.logvar,
-                             validation.y)
-    return without_own(posterior, part, some)
-
-
-def findings(data, train, test, q, by_others, test_q, seen) -> list:
-    """What a person should look at, a dict an image: `COLUMNS`, and the "rows" to be shown.
-
-    Percentages: q (N,K) of training images, `by_others` of those with a label, `test_q`.
+    `labelled` is the part of `train` with a given label, its percentages those by the others.
     Images whose names are in `seen` are left out.
     """
-    unseen = torch.tensor([name not in seen for name in data.names]).to(train.rows.device)
-    labelled = train.take((train.given >= 0).nonzero()[:, 0])
-    found = []
+    places, claims = suspects(labelled.q, labelled.given)
+    lines = review_lines(WRONG, data, labelled.take(places), claims, seen)
 
-    def add(why, part, shares, best, like=None):
-        for k, row in enumerate(part.rows.tolist()):
-            label = int(part.given[k])
-            line = {"image": data.names[row], "why": why,
-                    "label": data.classes[label] if label >= 0 else "",
-                    "likeliest": data.classes[int(best[k])],
-                    "sure": f"{float(shares[k, best[k]]):.4f}", "rows": [row]}
-            if like is not None:
-                line["like"] = data.names[like[k]]
-                line["rows"] = [int(like[k]), row]
-            found.append(line)
+    asked = train.given < 0
+    for k, row in enumerate(train.rows.tolist()):
+        if data.names[row] in seen:
+            asked[k] = False
+    unlabelled = train.take(asked)
+    places = to_label(unlabelled.q, unlabelled.mu, labelled.mu, REVIEWED)
+    part = unlabelled.take(places)
+    lines += review_lines(TEACHING, data, part, part.q.argmax(1), seen)
 
-    places, classes = suspects(by_others, labelled.given)
-    new = unseen[labelled.rows[places]].nonzero()[:REVIEWED, 0]
-    places = places[new]
-    add(WHY[0], labelled.take(places), by_others[places], classes[new])
+    originals, copies, _ = near_duplicates(train.mu, data.take(train.rows), test.mu,
+                                           data.test_images)
+    part = test.take(copies)
+    like = train.rows[originals].tolist()
+    lines += review_lines(COPY, data, part, part.q.argmax(1), seen, like)
+    return lines
 
-    places = ((train.given < 0) & unseen[train.rows]).nonzero()[:, 0]
-    places = places[to_label(q[places], train.mu[places], labelled.mu, REVIEWED)]
-    add(WHY[1], train.take(places), q[places], q[places].argmax(1))
 
-    alike, places, _ = near_duplicates(train.mu, data.take(train.rows), test.mu,
-                                       data.test_images)
-    new = unseen[test.rows[places]].nonzero()[:REVIEWED, 0]
-    places = places[new]
-    add(WHY[2], test.take(places), test_q[places], test_q[places].argmax(1),
-        train.rows[alike[new]].tolist())
-    return found
+def review_lines(why, data, part, likeliest, seen, like=None) -> list:
+    """Lines for the first images of a part that are not `seen`.
+
+    `likeliest` (N,): the class that each is said to be; `like`: the row of a similar image.
+    """
+    lines = []
+    for k, c in enumerate(likeliest.tolist()):
+        name = data.names[part.rows[k]]
+        if name in seen or len(lines) == REVIEWED:
+            continue
+        line = dict.fromkeys(COLUMNS, "")
+        line["image"] = name
+        line["why"] = why
+        label = int(part.given[k])
+        if label >= 0:
+            line["label"] = data.classes[label]
+        line["likeliest"] = data.classes[c]
+        line["sure"] = f"{float(part.q[k, c]):.4f}"
+        if like:
+            line["like"] = data.names[like[k]]
+        lines.append(line)
+    return lines
 
 
 def new_labels(path) -> dict:
@@ -847,45 +871,65 @@ def new_labels(path) -> dict:
     return {line["image"]: line for line in lines if line["new_label"]}
 
 
-def draw_review(data, found):
+def draw_review(data, lines):
     """The first of each kind, with what the percentages say."""
     import common
     fig = common.figure(13, 6)
-    classes = dict(zip(data.classes, common.legible(data.classes)))
-    for why, part in zip(WHY, fig.subfigures(len(WHY), 1)):
-        lines = [line for line in found if line["why"] == why]
-        count = f"{len(lines)} images" if lines else "none"
-        part.suptitle(f"{why.capitalize()}: {count}", x=0.01, ha="left", fontsize=11,
-                      fontweight="bold")
-        for axes, line in itertools.zip_longest(part.subplots(1, 10), lines[:10]):
+    legible = dict(zip(data.classes, common.legible(data.classes)))
+    rows = {name: row for row, name in enumerate(data.names)}
+    for why, strip in zip(WHY, fig.subfigures(len(WHY), 1)):
+        shown = [line for line in lines if line["why"] == why]
+        count = f"{len(shown)} images" if shown else "none"
+        strip.suptitle(f"{why.capitalize()}: {count}", x=0.01, ha="left", fontsize=11,
+                       fontweight="bold")
+        for axes, line in itertools.zip_longest(strip.subplots(1, 10), shown[:10]):
             if line is None:
                 axes.set_axis_off()
                 continue
-            caption = f"{float(line['sure']):.0%} {classes[line['likeliest']]}"
-            if "like" in line:
+            pictures = [line["image"]]
+            caption = f"{float(line['sure']):.0%} {legible[line['likeliest']]}"
+            if line["like"]:
+                pictures = [line["like"], line["image"]]
                 caption = "training, test"
             elif line["label"]:
-                caption = f"{classes[line['label']]}; rather\n{caption}"
-            rows = torch.tensor(line["rows"])
-            common.show_images(axes, data.take(rows), len(rows), caption)
+                caption = f"{legible[line['label']]}; rather\n{caption}"
+            images = data.take(torch.tensor([rows[name] for name in pictures]))
+            common.show_images(axes, images, len(images), caption)
     return fig
 
 
-def review(run, data, earlier, found):
-    """Write review.csv and review.png; what a person has filled in, `earlier`, stays."""
+def by_given_labels(labelled, validation, classes):
+    """q (N,K) of labelled images by the given labels of the others, and no spread ones."""
+    some = subsample(len(labelled.rows), 5000).to(labelled.rows.device)
+    posterior, _ = calibrated_on(validation, Aggregate, BANDWIDTHS, labelled.take(some),
+                                 classes)
+    return without_own(posterior, labelled, some)
+
+
+def review(run, data, train, validation, test):
+    """Write review.csv and review.png; what a person has filled in stays."""
     import common
     path = run.out / "review.csv"
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows([*earlier.values(), *found])
-    common.write(run.out / "review.png", draw_review(data, found))
-    before = new_labels(path)
-    time = path.stat().st_mtime_ns if before else 0
-    common.write(path, text.getvalue())
-    if before and before.keys() == earlier.keys():
+    filled_in = new_labels(path)
+    earlier = {**new_labels(run.labels_from), **filled_in}
+    labelled = train.take(train.given >= 0)
+    if len(labelled.rows) < len(train.rows):
+        # A label that was spread would come back from the neighbours.
+        q = by_given_labels(labelled, validation, len(data.classes))
+        labelled = labelled._replace(q=q)
+    agree = labelled.q.argmax(1) == labelled.given
+    print(f"percentages agree with {agree.float().mean():.0%} of the labels; review of "
+          "the others, as far as these can be trusted:")
+    lines = findings(data, train, labelled, test, earlier)
+    common.write(run.out / "review.png", draw_review(data, lines))
+    table = [COLUMNS]
+    for line in [*earlier.values(), *lines]:
+        table.append([line.get(column) for column in COLUMNS])
+    time = path.stat().st_mtime_ns if filled_in else 0
+    common.write(path, table)
+    if filled_in and filled_in.keys() == earlier.keys():
         os.utime(path, ns=(time, time))         # no new label in it: nothing for make to do
-    counts = collections.Counter(line["why"] for line in found)
+    counts = collections.Counter(line["why"] for line in lines)
     print(*(f"{why}: {counts[why]}" for why in WHY), sep=", ")
     print(f"their classes, right or not, go into the column new_label of {path}; then:",
           common.make_all(run, path), sep="\n")
@@ -899,6 +943,19 @@ def report(metrics):
     for name, scores in metrics.items():
         low, high = scores["ece_interval"]
         print(f"{name:15}" + line.format(low=low, high=high, **scores))
+
+
+def draw(data, train, posterior, metrics, generator):
+    """The map of a part, and what its percentages are worth."""
+    import common
+    fig = common.figure(11, 5.4)
+    left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
+    draw_reliability(right, metrics)
+    classes = common.legible(data.classes)
+    given = (train.given >= 0).cpu()
+    draw_map(left, train.mu.cpu(), train.y.cpu(), classes, Aggregate(**stored(posterior)),
+             generator, given)
+    return fig
 
 
 def command(run, args):
@@ -921,52 +978,39 @@ def command(run, args):
     deform = Deformations.restore(upstream, run.device)
     train = train._replace(y=with_spread(train, data, deform))
     validation = encoded("validation", common.split(data)[1])
-    fitting = subsample(len(validation.rows), 2000).to(run.device)
+    fitting = validation.take(subsample(len(validation.rows), 2000))
     every = len(data.names)
     test = encoded("test", torch.arange(every - len(data.test_images), every))
+
     some = (train.y >= 0).nonzero()[:, 0]
     prior = train.y[some].bincount(minlength=classes) / len(some)
-    some = some[subsample(len(some), args.codes).to(run.device)]
+    some = some[subsample(len(some), args.codes)]
     known = train.take(some)
-    calibrated, shares, metrics = densities(known, prior, validation.take(fitting), test)
+    calibrated, shares, metrics = densities(known, prior, fitting, test)
     posterior = calibrated["aggregate"]
+    validation = validation._replace(q=posterior(validation.mu, validation.logvar))
+    test = test._replace(q=shares["aggregate"])
     # An image costs D times what a point does, and there may be many: fewer codes will do.
-    fewer = some[subsample(len(some), 5000).to(run.device)]
-    part = train.take(fewer)
-    coarse = Aggregate.fit(part.mu, part.logvar, part.y, classes,
-                           metrics["aggregate"]["choice"])
+    fewer = some[subsample(len(some), 5000)]
+    coarse = Aggregate.fit(*train.take(fewer).codes(), classes, metrics["aggregate"]["choice"])
     coarse.temperature = posterior.temperature
-    q = without_own(coarse, train, fewer)
+    train = train._replace(q=without_own(coarse, train, fewer))
 
-    calibrated = {name: stored(density) for name, density in calibrated.items()}
-    fig = common.figure(11, 5.4)
-    left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
-    draw_reliability(right, metrics)
     generator = torch.Generator().manual_seed(args.seed)
-    draw_map(left, train.mu.cpu(), train.y.cpu(), common.legible(data.classes),
-             Aggregate(**calibrated["aggregate"]), generator, given=(train.given >= 0).cpu())
-    common.write(run.out / "latent.png", fig)
-    common.write(run.out / "latent.csv", percentage_table(
-        data, [(train, q), (validation, posterior(validation.mu, validation.logvar)),
-               (test, shares["aggregate"])]))
+    picture = draw(data, train, posterior, metrics, generator)
+    common.write(run.out / "latent.png", picture)
+    common.write(run.out / "latent.csv", percentage_table(data, [train, validation, test]))
     if args.review:
-        earlier = {**new_labels(run.labels_from), **new_labels(run.out / "review.csv")}
-        # By given labels alone: one that was spread would come back from the neighbours.
-        given = train.take((train.given >= 0).nonzero()[:, 0])
-        by_others = q
-        if len(given.rows) < len(train.rows):
-            fewer = subsample(len(given.rows), 5000).to(run.device)
-            by_others = shares_by_others(given, fewer, validation.take(fitting), classes)
-        agree = by_others.argmax(1) == given.given
-        print(f"percentages agree with {agree.float().mean():.0%} of the labels; review of "
-              "the others, as far as these can be trusted:")
-        found = findings(data, train, test, q, by_others, shares["aggregate"], earlier)
-        review(run, data, earlier, found)
+        review(run, data, train, fitting, test)
+    for name, density in calibrated.items():
+        calibrated[name] = stored(density)
+    teacher = teach(*known.codes(), classes)
     common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"],
                 mu=train.mu.cpu(), logvar=train.logvar.cpu(), labels=train.y.cpu(),
-                given=(train.given >= 0).cpu(), q=q.cpu(), calibrated=calibrated,
-                teaching=stored(teach(known.mu, known.logvar, known.y, classes)))
-    print(f"{len(test.rows):,} test images, percentages fitted on {len(fitting):,} others")
+                given=train.given.cpu() >= 0, q=train.q.cpu(), calibrated=calibrated,
+                teaching=stored(teacher))
+    print(f"{len(test.rows):,} test images, percentages fitted on {len(fitting.rows):,} "
+          "others")
     report(metrics)
     print(run.out / "latent.png", run.out / "latent.csv", run.out / "latent.pt", sep="\n")
 
