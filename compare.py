@@ -709,7 +709,10 @@ def draw_arm(axes, arm, entries, what, side):
 
 def caption(table, all_seen) -> str:
     """What dots, bars and hollow marks are."""
-    subsets = column(table, "subsets").max()
+    counts = np.unique(column(table, "subsets"))
+    subsets = " to ".join(str(count) for count in counts[[0, -1]])
+    if len(counts) == 1:
+        subsets = str(counts[0])
     parts = [f"{subsets} subsets, each a dot", "bars: 95% t intervals"]
     if column(table, "hollow").any():
         parts.append("hollow: over half of the pool, no interval")

@@ -7948,6 +7948,14 @@ def test_a_grid_shows_its_rows_and_their_means(grid):
     assert heights_in(right) == approx(wanted)
 
 
+@pytest.mark.parametrize("counts, words", [
+    ([6, 6], "6 subsets, each a dot"),
+    ([10, 6, 8], "6 to 10 subsets, each a dot")])
+def test_a_caption_says_how_many_subsets_there_are(counts, words):
+    table = [{"subsets": count, "hollow": False} for count in counts]
+    assert compare.caption(table, False).startswith(words)
+
+
 def test_no_two_arms_look_alike():
     looks = {tuple(compare.arm_look(arm).items()) for arm in compare.ARMS}
     assert len(looks) == len(compare.ARMS)
