@@ -5783,13 +5783,14 @@ def test_the_picture_of_a_vae_shows_how_its_images_move(seen):
 
 def test_the_map_shows_the_codes_and_the_calibrated_percentages(seen):
     saved = seen.files["latent"]
-    _, mu, y, classes, posterior, generator = seen.drawn["map"]
+    _, mu, y, classes, posterior, generator, given = seen.drawn["map"]
     assert torch.equal(mu, saved["mu"])
     assert torch.equal(y, saved["labels"])
     assert classes == ANIMALS
     wanted = latent.Aggregate(**saved["calibrated"]["aggregate"])
     close(posterior(mu), wanted(mu))
     assert generator.initial_seed() == 5
+    assert given.all()
 
 
 def test_the_reliability_that_is_drawn_is_that_of_the_file(seen):
