@@ -2380,7 +2380,7 @@ def test_an_image_is_near_what_a_learned_movement_makes_of_it():
     near = torch.tensor([[1, 2], [0, 2], [0, 1]])
     moved = shifts(1.0).distances(x, near)
     still = shifts(0.0).distances(x, near)
-    assert still[0, 0] == approx(float(still[0, 1]))         # both are as far, as pixels see it
+    assert still[0, 0] == approx(float(still[0, 1]))    # both are as far, as pixels see it
     assert moved[0, 0] < 0.2 * still[0, 0]
     assert moved[0, 1] > 0.9 * still[0, 1]
 
@@ -2408,7 +2408,8 @@ def test_distances_are_the_least_over_deformations():
         for k in range(2):
             goal = torch.cat([pixels[near[i, k]] - pixels[i], torch.zeros(3)])
             w = torch.linalg.lstsq(tall, goal[:, None]).solution
-            assert found[i, k] == approx(float((goal - (tall @ w)[:, 0]).square().sum()), rel=1e-3)
+            least = (goal - (tall @ w)[:, 0]).square().sum()
+            assert found[i, k] == approx(float(least), rel=1e-3)
 
 
 def test_distances_of_bytes_and_of_colours_are_those_of_their_mean():
