@@ -32,7 +32,7 @@ TABLES = {}                             # name -> the function that writes this 
 SETS = [
     ("MNIST", "mnist", (50, 100, 300, 1000)),
     ("Fashion-MNIST", "fashion-mnist", (50, 100, 300, 1000)),
-    ("CIFAR-10", "cifar10", (100, 300, 1000)),
+    ("CIFAR-10", "cifar10", (50, 100, 300, 1000)),
     ("glyphs", "glyphs", (50, 100, 300)),
     ("8x8 digits", "digits", (50, 100, 300)),
 ]
