@@ -2,12 +2,12 @@
 
     python cnn.py                                    # hybrids at first, real images in the end
     python cnn.py -o runs/mnist --hybrid-fraction 0    # the plain CNN: real images only
-    python cnn.py --dataset mnist --hybrid-fraction 0 --augment --mixup 0.5   # no VAE needed
+    python cnn.py -o runs/mnist --hybrid-fraction 0 --deform   # learned augmentation, no VAE
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
-Reads:  vae.pt (which data set, which images) if it is there; hybrids.pt, for hybrids and for
-        the flows that move real images; latent.pt, for labels that were spread.
-Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt until compare.py has run.
+Reads:  a data set; for hybrids vae.pt, hybrids.pt and, where labels were spread, latent.pt;
+        deform.pt, where real images move.
+Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it is unfinished.
 """
 import copy
 import csv
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
-LABELLED = 1 / 8                        # of a batch's real images, where labels are spread
+GIVEN = 1 / 8                           # of a batch's real images, where labels are spread
+STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # up to so many images; then 2400
 
 
 class NormalisedConvolution(nn.Module):
@@ -91,12 +92,12 @@ class CNN(nn.Module):
         inputs = width
         for outputs in widths:
             layers.append(nn.MaxPool2d(2))
-            layers.append(nn.ReLU(inplace=True))        # after the maximum: fewer pixels
+            layers.append(nn.ReLU())                    # after the maximum: fewer pixels
             # Without a bias: the normalisation has one.
             layers.append(nn.Conv2d(inputs, outputs, 3, padding=pad, bias=False))
             layers.append(nn.BatchNorm2d(outputs))
             inputs = outputs
-        layers.append(nn.ReLU(inplace=True))            # not halved: 4 x 4 of 28 x 28 pixels
+        layers.append(nn.ReLU())                        # not halved: 4 x 4 of 28 x 28 pixels
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(inputs, classes)
         self.to(memory_format=torch.channels_last)      # a third faster, in float32 too
@@ -111,6 +112,41 @@ class CNN(nn.Module):
     def forward(self, x):
         # Grey in the middle is 0, as what is padded is.
         return self.head(self.features(x - 0.5).amax((2, 3)))
+
+
+def steps_for(n: int, channels: int, unlabelled: int = 0) -> int:
+    """Optimiser steps that n labelled images are worth, twice as many in colour.
+
+    Others without a label count as well, up to 1,000 images.
+    """
+    n = max(n, min(n + unlabelled, 1000))
+    steps = 2400
+    for size in reversed(STEPS):
+        if n <= size:
+            steps = STEPS[size]
+    return 2 * steps if channels == 3 else steps
+
+
+def train(images, q, seed=0, *, made=None, pseudo_labelled=None, move=None, mix=None,
+          share=(1.0, 0.0), augmentations=(), width=24, steps=None, batch_size=64, lr=3e-3,
+          weight_decay=0.05, rounds=10, amp=False, state=None, rank=0, ranks=1):
+    """A CNN of labelled images, q (N,K) -> the model, and the rows of its training.
+
+    See `batches` for what it sees. Nothing is trained before the rows are asked for: `for row
+    in rows`, see `fit`. The ranks of a process group, which the caller has made, share each
+    batch.
+    """
+    channels, height, side = images.shape[1:]
+    torch.manual_seed(seed)             # the initial weights
+    model = CNN(channels, q.shape[1], width, max(height, side)).to(images.device)
+    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
+    next_batch = batches((images, q), batch_size // ranks, made, mix, share, augmentations,
+                         move, pseudo_labelled)
+    rows = fit(net, next_batch, steps=steps or steps_for(len(images), channels), lr=lr,
+               weight_decay=weight_decay, rounds=rounds, amp=amp, generator=generator,
+               state=state)
+    return model, rows
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
@@ -134,6 +170,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
                                   fused=True)
     first = 0
     if state:
+        state = copy.deepcopy(state)    # the optimiser would go on in the caller's tensors
         model.load_state_dict(state["model"])
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
         generator.set_state(state["generator"])
@@ -172,9 +209,12 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
 @torch.no_grad()
 def predict(model, images, amp=False, batch=200):
     """Logits float32 (N,K) of images (N,C,H,W): uint8, or floats in [0,1]."""
+    training = model.training
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        return torch.cat([model(as_input(part)) for part in images.split(batch)]).float()
+        logits = torch.cat([model(as_input(part)) for part in images.split(batch)])
+    model.train(training)               # as it was: a training loop may be around this
+    return logits.float()
 
 
 def as_input(images):
@@ -193,16 +233,16 @@ def as_input(images):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(), move=None,
-            spread=None):
+def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), augmentations=(), move=None,
+            pseudo_labelled=None):
     """next_batch(generator, done) -> x (size,C,H,W) in [0,1], q (size,K).
 
-    `real`, `hybrids` and `spread` are pairs of images (N,C,H,W), as of `as_input`, and
-    probabilities (N,K). `share` is the part of a batch drawn from hybrids and given to `mix`,
-    see `share_at`; the others pass through `move`. It, mix and the `transforms` of the whole
-    batch map (x, q, generator) -> (x, q). `spread` are real images whose labels are guesses:
-    of what is drawn from real images `LABELLED` are of those with a given label, or more, if
-    there are more.
+    `real`, `hybrids` and `pseudo_labelled` are pairs of images (N,C,H,W), as `as_input`
+    accepts, and probabilities (N,K). `share` is the part of a batch drawn from hybrids and
+    given to `mix`, see `share_at`; the others pass through `move`. It, mix and the
+    `augmentations` of the whole batch map (x, q, generator) -> (x, q). Pseudo-labelled are
+    real images whose labels are guesses: of what is drawn from real images a part `GIVEN` are
+    of those with a given label, or more, if there are more.
     """
     def next_batch(generator, done):
         count = 0
@@ -212,16 +252,16 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), transforms=(),
         if hybrids:
             x, q = take(hybrids, count, generator)
         else:
-            x, q = take_real(real, spread, count, generator)
-        real_x, real_q = take_real(real, spread, size - count, generator)
+            x, q = take_real(real, pseudo_labelled, count, generator)
+        real_x, real_q = take_real(real, pseudo_labelled, size - count, generator)
         if mix:
             x, q = mix(x, q, generator)
         if move:
             real_x, real_q = move(real_x, real_q, generator)
         x = torch.cat([x, real_x])
         q = torch.cat([q, real_q])
-        for transform in transforms:
-            x, q = transform(x, q, generator)
+        for augmentation in augmentations:
+            x, q = augmentation(x, q, generator)
         return x, q
 
     return next_batch
@@ -234,15 +274,15 @@ def take(source, count, generator):
     return as_input(images[rows]), q[rows]
 
 
-def take_real(real, spread, count, generator):
+def take_real(real, pseudo_labelled, count, generator):
     """`count` real images; where labels were spread, some of each kind."""
-    if not spread:
+    if not pseudo_labelled:
         return take(real, count, generator)
-    part = len(real[1]) / (len(real[1]) + len(spread[1]))
-    given = round(max(LABELLED, part) * count)
+    part = len(real[1]) / (len(real[1]) + len(pseudo_labelled[1]))
+    given = round(max(GIVEN, part) * count)
     x, q = take(real, given, generator)
-    spread_x, spread_q = take(spread, count - given, generator)
-    return torch.cat([x, spread_x]), torch.cat([q, spread_q])
+    guessed_x, guessed_q = take(pseudo_labelled, count - given, generator)
+    return torch.cat([x, guessed_x]), torch.cat([q, guessed_q])
 
 
 def share_at(done: float, share) -> float:
@@ -257,30 +297,6 @@ def share_at(done: float, share) -> float:
 def uniform(x, generator):
     """(B,) numbers from [0, 1), on the device of x."""
     return torch.rand(len(x), device=x.device, generator=generator)
-
-
-def moving(flows):
-    """A transform that moves each image by one of flows (F,H,W,2), drawn at random.
-
-    In pixels, to the right and down: the image at p + flow(p) is what is seen at p.
-    """
-    def move(x, q, generator):
-        if len(x) == 0:                 # a batch may hold none of a kind
-            return x, q
-        rows = torch.randint(len(flows), (len(x),), device=x.device, generator=generator)
-        return warp(x, flows[rows].float()), q
-
-    return move
-
-
-def warp(x, flow):
-    """x (B,C,H,W) as seen through flow (B,H,W,2) in pixels, the border continued."""
-    height, width = x.shape[2:]
-    half_sides = torch.tensor([width / 2, height / 2], device=x.device)
-    still = torch.eye(2, 3, device=x.device)[None]
-    places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
-    return F.grid_sample(x, places + flow / half_sides, padding_mode="border",
-                         align_corners=False)
 
 
 def affine(x, q, generator, degrees=15.0, scale=0.15, shift=0.1, shear=0.15, bend=0.0):
@@ -380,23 +396,18 @@ def parse_args(argv=None):
     from common import flags, number
     parser = flags("cnn.py", __doc__)
     add = parser.add_argument_group("the classifier and its training").add_argument
-    add("--images", type=number(int, 1),
-        help="number of labelled training images, equal numbers per class, and no others; if "
-        "not given, those that the VAE saw, and those that latent.py has spread a label to")
     add("--hybrid-fraction", type=number(float, 0, 1), default=[1.0, 0.0], nargs="+",
         metavar="SHARE", help="share of hybrids in a batch: one number, or one for the first "
         "half of the training and one for its last quarter, linear between; 0 is the plain "
         "CNN, 1 sees no real image")
     add("--augment", action="store_true",
         help="change images at random: affine maps if grey, mirroring and shifts if colour")
-    add("--mixup", type=number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="mixup with weights from Beta(ALPHA, ALPHA), best near 100, in the share of the "
-        "hybrids or, without hybrids, of all images at first and none in the end; 0 is off")
-    add("--cutmix", type=number(float, 0, 100), default=0.0, metavar="ALPHA",
-        help="cutmix likewise; 0 is off")
+    add("--deform", action="store_true",
+        help="move all images at random, as deform.py has learned that they move")
     add("--width", type=number(int, 1, 1024), default=24,
         help="number of channels of the first block")
-    add("--steps", type=number(int, 1), default=600, help="number of optimiser steps")
+    add("--steps", type=number(int, 1),
+        help="number of optimiser steps; if not given, 300 to 4800 by the number of images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step")
     add("--lr", type=number(float, 0, 10), default=3e-3, help="highest learning rate")
     add("--weight-decay", type=number(float, 0, 10), default=0.05,
@@ -456,7 +467,7 @@ def draw_confusion(axes, q, y, classes):
 def answer(run, path):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
-    saved = common.load(run, "cnn", restore=CNN.restore)
+    saved = common.load(run, "cnn")
     model = CNN.restore(saved)
     classes = saved["dataset"]["classes"]
 
@@ -472,7 +483,7 @@ def answer(run, path):
     files = common.pictures_in(path, [])
     common.require(files, f"{path} holds no images ({' '.join(common.IMAGE_FILES)})")
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["file", "likeliest", *classes])
+    table.writerow(common.columns(["file", "likeliest"], classes))
     failed = 0
     for file in sorted(map(Path, files)):
         try:
@@ -487,96 +498,73 @@ def answer(run, path):
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
-def mixer(args):
-    """The mixing that the flags name: (x, q, generator) -> (x, q), or None."""
-    if not args.mixup and not args.cutmix:
-        return None
-
-    def mix(x, q, generator):
-        if args.mixup:
-            x, q = mixup(x, q, generator, args.mixup)
-        if args.cutmix:
-            x, q = cutmix(x, q, generator, args.cutmix)
-        return x, q
-
-    return mix
+def one_hot(y, classes):
+    return F.one_hot(y, classes).float()
 
 
-def with_spread_labels(run, data, upstream):
-    """Images that latent.py has spread a label to, and their labels one-hot; None without."""
+def with_hybrids(run, data, rows, sources) -> dict:
+    """What `train` is given besides labelled images; notes the files that it comes from."""
     import common
-    saved = common.load(run, "latent", run.device, like=upstream)
-    rows = upstream["rows"]
-    guessed = (rows >= len(data.images)) & (saved["labels"] >= 0)
-    if not guessed.any():
-        return None
-    q = F.one_hot(saved["labels"][guessed], len(data.classes)).float()
-    return data.take(rows[guessed]), q
-
-
-def load_hybrids(run, upstream):
-    """The hybrids and their percentages, and what moves real images, None if nothing does."""
-    import common
-    saved = common.load(run, "hybrids", run.device, like=upstream)
-    move = None
-    if saved["flows"].any():
-        move = moving(saved["flows"])
-    return (saved["images"], saved["q"]), move
+    from deform import Deformations
+    made = common.load(run, "hybrids", run.device)
+    sources.append(run.out / "hybrids.pt")
+    given = {"made": (made["images"], made["q"])}
+    if made["settings"]["deform"]:
+        saved = common.load(run, "deform", run.device)
+        given["move"] = Deformations.restore(saved, run.device).gently
+    if (data.labels[rows] < 0).any():
+        saved = common.load(run, "latent", run.device)
+        sources.append(run.out / "latent.pt")
+        guessed = ~saved["given"] & (saved["y"] >= 0)
+        if guessed.any():
+            q = one_hot(saved["y"][guessed], len(data.classes))
+            given["pseudo_labelled"] = (data.images[saved["rows"][guessed]], q)
+    return given
 
 
 def command(run, args):
     import common
+    from deform import Deformations
     if args.predict:
         return answer(run, args.predict)
     share = (args.hybrid_fraction[0], args.hybrid_fraction[-1])
-    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
     sources = []                        # the files that the result depends on
-    upstream = None
-    if any(share) or (run.out / "vae.pt").exists():
-        upstream = common.load(run, "vae", run.device)
-        sources.append(run.out / "vae.pt")
-    data = common.load_dataset(run, upstream)
-    rows, validation = common.split(data)
-    if args.images:
-        rows = common.subset(data, rows, args.images, args.seed)
-        common.say_if_few(args.images, data)
-    elif upstream:
-        rows = upstream["rows"]
-    spread = None
-    if rows.max() >= len(data.images):  # these have no label of their own
-        spread = with_spread_labels(run, data, upstream)
-        sources.append(run.out / "latent.pt")
-    rows = rows[rows < len(data.images)]
-    real = (data.images[rows], F.one_hot(data.labels[rows], len(data.classes)).float())
-    hybrids = None
-    move = None
     if any(share):
-        hybrids, move = load_hybrids(run, upstream)
-        sources.append(run.out / "hybrids.pt")
-    else:                               # then it is the share of --mixup and --cutmix
-        share = (1.0, 0.0)
+        common.load(run, "vae")         # or a line that says how to make it
+    data = common.load_dataset(run)
+    rows = common.training_rows(data, run)
+    labelled = rows[data.labels[rows] >= 0]
+    steps = args.steps or steps_for(len(labelled), data.images.shape[1],
+                                    len(rows) - len(labelled))
+    given = with_hybrids(run, data, rows, sources) if any(share) else {}
+    augmentations = [augment] if args.augment else []
+    if args.deform:
+        saved = common.load(run, "deform", run.device)
+        augmentations.append(Deformations.restore(saved, run.device))
+        sources.append(run.out / "deform.pt")
 
-    torch.manual_seed(args.seed)                        # the initial weights
-    channels, *sides = data.images.shape[1:]
-    model = CNN(channels, len(data.classes), args.width, max(sides)).to(run.device)
-    net, size, generator = common.distribute(model, run, args.batch_size)
-    transforms = [augment] if args.augment else []
-    next_batch = batches(real, size, hybrids, mixer(args), share, transforms, move, spread)
+    common.require(args.batch_size % common.RANKS == 0,
+                   f"--batch-size is no multiple of the {common.RANKS} ranks")
     marks = [common.fingerprint(source) for source in sources]
-    last = common.Checkpoint(run, "cnn", data, args.steps, args.resume, net, made_from=marks)
-    for row in fit(net, next_batch, steps=args.steps, lr=args.lr, amp=run.amp,
-                   weight_decay=args.weight_decay, generator=generator, state=last.state):
+    last = common.Checkpoint(run, "cnn", data, steps, args.resume, made_from=marks)
+    model, training = train(
+        data.images[labelled], one_hot(data.labels[labelled], len(data.classes)), run.seed,
+        **given, share=share, augmentations=augmentations, width=args.width, steps=steps,
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, amp=run.amp,
+        state=last.state, rank=common.RANK, ranks=common.RANKS)
+    validation = data.images[data.validation]
+    for row in training:
         if common.RANK == 0:            # the first rank reports and writes
-            q = predict(model, data.images[validation], run.amp).softmax(1)
-            row["validation"] = common.scores(q, data.labels[validation])["accuracy"]
+            q = predict(model, validation, run.amp).softmax(1)
+            row["validation"] = common.scores(q, data.labels[data.validation])["accuracy"]
             last.keep(row, f"loss {row['loss']:.3f}  validation {row['validation']:.1%}")
     if common.RANK > 0:
         return
 
-    guesses = len(spread[1]) if spread else 0
+    guesses = len(given["pseudo_labelled"][1]) if "pseudo_labelled" in given else 0
     q = predict(model, data.test_images, run.amp).softmax(1)
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
-               "real_images": len(rows), "spread_images": guesses}
+               "real_images": len(labelled), "pseudo_labelled": guesses}
     picture = draw(last.history, q.cpu(), data.test_labels.cpu(),
                    common.legible(data.classes))
     common.write(run.out / "cnn.png", picture)
@@ -584,7 +572,9 @@ def command(run, args):
                 model=model.cpu().state_dict())
     if guesses:
         print(f"{guesses:,} images with a label that was spread, beside:")
-    print(f"{len(rows):,} real images, {average:.0%} hybrids on average; on {len(q):,} test:")
+    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
+    print(f"{len(labelled):,} real images, {average:.0%} hybrids on average; on {len(q):,} "
+          "test:")
     print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))
     print(run.out / "cnn.png", run.out / "cnn.pt", sep="\n")

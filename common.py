@@ -1,23 +1,26 @@
-"""What the scripts share: command line, data, files, scores, training and figures, glyphs.
+"""What the scripts share: command line, data sets, files, scores, progress, figures, glyphs.
 
-It knows nothing of models. In this order: the command line, a run, data sets, pictures, rows,
-files, scores, training, figures, glyphs.
+It knows nothing of models. Read from the top: a command line becomes a `Run`, a folder or a
+file of images becomes a `Dataset`, and what is made of them becomes files.
 """
 import argparse
 import collections
 import contextlib
 import csv
-import ctypes
 import difflib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import re
 import shlex
-import signal
 import sys
 import time
+import unicodedata
 import warnings
 import zipfile
 from dataclasses import dataclass, field
@@ -27,22 +30,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Letters: N images, C×H×W image, K classes.  y integer labels (N,), q probabilities (N,K).
-FORMAT = 5                              # of the .pt files; a newer one is refused
+# Letters: N training images, C×H×W image, K classes.
+# y integer labels (N,), -1 for none; q class probabilities (N,K).
+FORMAT = 6                              # of the .pt files; any other is refused
+# The settings that say which images a run is about, and their defaults.
+WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
+         "labels_from": None, "skip_damaged": False, "images": None, "seed": 0}
+# The scripts in the order in which they build on each other.
+STEMS = "deform vae latent hybrids cnn compare".split()
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST",
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
+NAMES = ["glyphs", *TORCHVISION]
 IMAGE_FILES = tuple(".jpg .jpeg .jfif .png .gif .ppm .pgm .bmp .tif .tiff .webp".split())
 PICTURE_FORMATS = "JPEG PNG GIF PPM BMP TIFF WEBP".split()      # of these files, for PIL
-# Folders that are parts of a data set, in small letters, as people call them.
+# Parts of a data set, in small letters, as people call their folders and arrays.
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
-         "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}
-UNLABELLED = ("unlabelled", "unlabeled")                # a folder of these names is no class
+         "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
+         "unlabelled": "unlabelled", "unlabeled": "unlabelled"}
+ARRAYS = ("x_train y_train x_validation y_validation x_test y_test x_unlabelled "
+          "classes").split()
 # What systems put beside pictures, besides all that begins with a dot.
 HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
-# What brings a picture upright, by EXIF's orientation.
-UPRIGHT = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 "
-                         "TRANSVERSE ROTATE_90".split(), 2))
 WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
 
 
@@ -69,37 +78,50 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action)
 
 
-def flags(script: str, doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share."""
-    parser = argparse.ArgumentParser(script, description=doc, formatter_class=Help)
+class Parser(argparse.ArgumentParser):
+    """Mistakes in one line; `args.changed` holds what differs from the defaults."""
 
-    def refuse(message):
-        parser.exit(2, f"{script}: {message}; see {script} --help\n")
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
-    parser.error = refuse
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        args.changed = {key: value for key, value in vars(args).items()
+                        if value != self.get_default(key)}
+        return args
+
+
+def flags(script: str, doc: str, images=True) -> Parser:
+    """A parser with the flags that all scripts share; --images is for those of one network."""
+    parser = Parser(script, description=doc, formatter_class=Help)
     parser.set_defaults(script=script, writes=True)
-    add = parser.add_argument_group("shared by all scripts").add_argument
+    add = parser.add_argument_group("which images (if not given, as for the files that are "
+                                    "in the working directory)").add_argument
     add("--dataset", metavar="NAME|FOLDER|FILE.npz",
-        help="glyphs (embedded), a folder of images, an .npz file, or one of "
-        + " ".join(TORCHVISION)
-        + "; if not given, the one that vae.pt was made from, else glyphs")
-    add("--data-dir", metavar="FOLDER",
-        help="where named data sets are kept; if not given, as for vae.pt, else data")
-    add("--image-size", type=number(int, 16, 64), default=32, metavar="PIXELS",
-        help="side to which the images of a folder are scaled")
+        help="glyphs (embedded, the default), a folder of images, an .npz file, or one of "
+        + " ".join(TORCHVISION))
+    add("--data-dir", metavar="FOLDER", help="where named data sets are kept; else data")
+    add("--image-size", type=number(int, 16, 64), metavar="PIXELS",
+        help="side to which the images of a folder are scaled; else 32")
     add("--labels", type=number(int, 1), metavar="N",
-        help="number of training images that keep their label, equal numbers per class, "
-        "always the same ones; if not given, as for vae.pt, else all that have one")
+        help="number of training images that keep their label, equal numbers per class; else "
+        "all that have one")
     add("--labels-from", metavar="FILE.csv",
-        help="table of labels to correct or to add, in its columns image and new_label, as "
-        "latent.py --review writes it; if not given, as for vae.pt, else none")
+        help="table of labels to correct or to add, in its columns image and new_label")
+    add("--skip-damaged", action="store_true", default=None,
+        help="leave out pictures that cannot be read")
+    if images:
+        add("--images", type=number(int, 1), metavar="N",
+            help="number of labelled training images to learn from, equal numbers per class, "
+            "and no others; else all but those kept for validation")
+    add("--seed", type=number(int, 0, 2**32), help="seed of every random choice; else 0")
+    add = parser.add_argument_group("shared by all scripts").add_argument
     add("-o", "--out", type=Path, metavar="FOLDER",
         help="working directory; if not given, runs/<name of the data set>")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="seed of every random choice")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="where to compute; auto is cuda if there is one, else cpu")
-    add("--threads", type=number(int, 1),
-        help="processor threads; if not given, all of them, or one per process of compare.py")
+    add("--threads", type=number(int, 1), default=1,
+        help="processor threads; results depend on their number")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16, or never; if not given, where the hardware is fast at it")
     add("--quiet", action="store_true", help="print results only, no progress")
@@ -121,28 +143,27 @@ def number(kind, low, high=math.inf):
 def run_script(command, args) -> int:
     """command(run, args) -> 0; a mistake in one line -> 2; an interruption -> 130."""
     run = None
-    with own_streams(output_needed=not args.writes):
-        try:
-            run = start(args)
-            command(run, args)
-            return 0
-        except KeyboardInterrupt:
-            if Path(sys.argv[0]).name == args.script:   # not so a notebook, which goes on
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            message = "interrupted; what was finished is kept"
-            code = 130
-        except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, BrokenPipeError) and not args.writes:
-                return 0                # the reader has enough
-            message = explain(error, args.out)
-            code = 2
-            if message is None:
-                raise
-        finally:
-            if run:
-                run.release()
-        print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
-        return code
+    threads = torch.get_num_threads()   # put back in the end, for notebooks
+    backend = os.environ.pop("MPLBACKEND", None)        # figures need none, and one may fail
+    try:
+        run = start(args)
+        command(run, args)
+        print(end="", flush=True)       # a full disk or a reader that has gone shows here
+        return 0
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; what was finished is kept"
+    except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        code, message = 2, explain(error, args.out)
+        if message is None:
+            raise
+    finally:
+        if run:
+            run.release()
+        torch.set_num_threads(threads)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def explain(error, out) -> str | None:
@@ -151,64 +172,28 @@ def explain(error, out) -> str | None:
     if isinstance(error, (Mistake, FloatingPointError)):
         return text
     if isinstance(error, OSError):
-        return f"{error.filename or out}: {error.strerror or text}; mend that"
-    if "no kernel image" in text:       # a GPU too old or too new for this torch
-        return "this torch has no code for this GPU; use --device cpu"
-    # Out of memory has many names; an illegal access is a fault of the program.
-    if "memory" in repr(error).lower() and "illegal memory" not in text:
+        drop_output()
+        return f"{error.filename or f'{out} or standard output'}: {error.strerror or text}"
+    if isinstance(error, MemoryError) or "alloc" in text.lower():       # torch's words vary
         return "out of memory; use fewer or smaller images, or --device cpu"
     return None
 
 
-@contextlib.contextmanager
-def own_streams(output_needed):
-    """Standard output and error on which no result depends, unless output is the result."""
-    output = Stream(sys.stdout, output_needed)
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(Stream(sys.stderr)):
-        yield
-
-
-class Stream:
-    """What a full disk or a reader that has gone does not take is dropped; or, if it is
-    needed, an error. What the encoding lacks is escaped.
-    """
-
-    def __init__(self, stream, needed=False):
-        self.stream = stream or open(os.devnull, "w")           # None is a closed one
-        self.needed = needed
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()         # Python would do it later, and complain
-        except OSError:                 # this text, and all that follows, goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if self.needed:
-                raise
-
-
-# ---- a run: its folder, device and arithmetic -----------------------------------------------
-
-def whole_number(variable, otherwise):
-    """The value of an environment variable."""
+def drop_output():
+    """What standard output does not take is dropped: Python would try it again, and complain."""
     try:
-        return int(os.environ[variable])
-    except (KeyError, ValueError):
-        return otherwise
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
+# ---- a run: what it is about, its folder, device and arithmetic -----------------------------
 
 def torchrun_rank():
-    """This process and how many there are: 0 and 1, unless torchrun or its like started it."""
-    rank = whole_number("RANK", -1)
-    ranks = whole_number("WORLD_SIZE", 1)
-    # Batch systems set some of the variables, but not those by which ranks would meet.
-    meet = os.environ.get("MASTER_ADDR") and whole_number("MASTER_PORT", 0)
-    return (rank, ranks) if meet and 0 <= rank < ranks else (0, 1)
+    """This process and how many there are: 0 and 1, unless torchrun started it."""
+    if "MASTER_ADDR" not in os.environ:         # batch systems set the others, too
+        return 0, 1
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 RANK, RANKS = torchrun_rank()
@@ -216,80 +201,179 @@ RANK, RANKS = torchrun_rank()
 
 @dataclass
 class Run:
-    """One run of one script: where it works, how it computes, what it was asked for."""
+    """One run of one script: where it works, how it computes, which images it is about."""
     script: str
     out: Path
     device: torch.device
     amp: bool                           # bfloat16 where autocast allows it
-    seed: int
     quiet: bool
-    dataset: str | None                 # as given; after load_dataset, as used
-    data_dir: str | None
-    image_size: int
-    labels: int | None                  # as the data set: given, or of vae.pt
-    labels_from: str | None
-    settings: dict                      # every flag that can change a result
     cores: int                          # threads that torch would take by itself
-    locks: list = field(default_factory=list)
+    one_subset: bool                    # of images to learn from; compare.py has many
+    settings: dict                      # every flag that can change a result
+    changed: dict                       # those that differ from their defaults
+    # Which images: as given, None where not; `settle` decides.
+    dataset: str
+    data_dir: str
+    image_size: int
+    labels: int | None
+    labels_from: str | None
+    skip_damaged: bool
+    images: int | None
+    seed: int
+    record: dict = field(default_factory=dict)  # facts of the data set that OUT is of
+    source: str = ""                    # the stem of the file that says so
+    bound: bool = False                 # does this script build on that file?
+    lock: io.IOBase | None = None
+
+    @property
+    def which(self) -> dict:
+        """The settings that say which images."""
+        return {key: getattr(self, key) for key in WHICH}
 
     def release(self):
         """Let other runs into the folder."""
-        for file in self.locks:
-            file.close()
+        if self.lock:
+            self.lock.close()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def start(args) -> Run:
-    """Make the working directory, settle threads, device and arithmetic."""
-    out = args.out = args.out or Path("runs", Path(args.dataset or "glyphs").stem)
+    """Settle which images, threads, device and arithmetic; make the working directory."""
+    for key in ("dataset", "data_dir", "labels_from"):
+        setattr(args, key, normal(getattr(args, key)))
+    out = args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
     require(out.is_dir() or not out.exists(), f"{out} is a file; --out takes a folder")
-    require(RANKS == 1 or args.script not in ("latent.py", "hybrids.py"),
-            "start without torchrun")
-    out.mkdir(parents=True, exist_ok=True)
+    trains = args.script in ("vae.py", "cnn.py")
+    require(RANKS == 1 or trains or args.script == "compare.py", "start without torchrun")
     cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
-    torch.set_num_threads(args.threads or cores)
-    os.environ.pop("MPLBACKEND", None)  # figures need none, and a wrong one ends the import
-    keep_freed_memory()
+    torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     amp = bfloat16_is_fast(device) if args.amp is None else args.amp
-    locks = lock_folder(out) if args.writes else []
-    return Run(args.script, out, device, amp, args.seed, args.quiet, args.dataset,
-               args.data_dir, args.image_size, args.labels, args.labels_from, settings(args),
-               cores, locks)
+    which = {key: vars(args).get(key) for key in WHICH}
+    run = Run(args.script, out, device, amp, args.quiet, cores, hasattr(args, "images"),
+              settings(args), settings(args, args.changed), **which)
+    settle(run)
+    vars(args).update(run.which)
+    run.settings.update(run.which)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.writes and RANK == 0:       # torchrun's ranks are one run
+        run.lock = lock_folder(out)
+    if RANKS > 1 and trains:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        card_each = device.type == "cuda" and torch.cuda.device_count() >= here
+        torch.distributed.init_process_group("nccl" if card_each else "gloo")
+    return run
 
 
-def settings(args) -> dict:
+def normal(path: str | None) -> str | None:
+    """One spelling for photos, photos/ and ./photos; ./mnist is a folder, and mnist is not."""
+    if path is None:
+        return None
+    short = os.path.normpath(path)
+    return os.path.abspath(path) if short in NAMES and short != path else short
+
+
+def name_of(spec: str) -> str:
+    """The name of a data set: the last part of its path, whole, but for .npz."""
+    return Path(os.path.abspath(spec)).name.removesuffix(".npz")
+
+
+def settings(args, keys=None) -> dict:
     """The flags that can change a result, for the files."""
-    others = ("out script writes resume quiet export image point predict jobs gather "
-              "review").split()
-    return {key: vars(args)[key] for key in sorted(vars(args).keys() - others)}
+    others = ("out script writes changed resume quiet threads export image point predict jobs "
+              "gather review").split()
+    keys = set(vars(args) if keys is None else keys)
+    return {key: vars(args)[key] for key in sorted(keys - set(others))}
 
 
-def lock_folder(out: Path) -> list:
-    """One run at a time works in a folder; torchrun's ranks are one run -> files to close."""
-    shared = open(out / ".lock", "w", opener=in_place)
-    own = open(out / f".lock-{RANK}", "w", opener=in_place)
+def settle(run: Run):
+    """Decide which images: as the flags say, else as the folder does, else as by default.
+
+    What a file says that the script builds on cannot be contradicted.
+    """
+    run.record, run.source, run.bound = folder_record(run)
+    known = dict(run.record.get("which", {}))
+    given = {key: value for key, value in run.which.items() if value is not None}
+    numbers = ["image_size", "labels"]
+    if run.one_subset:
+        numbers += ["images", "seed"]
+    else:
+        known.pop("images", None)
+    which = dict(WHICH)
+    if run.bound or "dataset" not in given:
+        which.update(known)
+    which.update(given)
+    vars(run).update(which)
+    for key in numbers if run.bound else []:
+        require(which[key] == known[key],
+                f"--{key.replace('_', '-')} {which[key]}: {run.out}/{run.source}.pt was made "
+                f"with {known[key]}; make it again with: {command_for(run, run.source)}, "
+                "or give another -o")
+
+
+def folder_record(run: Run):
+    """-> facts of the data set that OUT is of, the stem of their file, whether it binds.
+
+    A script is bound by what it builds on; its own files, and later ones, may be made anew.
+    """
+    stem = Path(run.script).stem
+    upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
+    for other in [*upstream, *STEMS]:
+        record = record_of(run.out, other)
+        if record:
+            return record["dataset"], other, other in upstream
+    return {}, stem, False
+
+
+def record_of(out: Path, stem: str) -> dict:
+    """What OUT/stem.json says, or stem.pt where that is missing; {} without either."""
+    for path in (out / f"{stem}.json", out / f"{stem}.pt"):
+        if path.exists():
+            try:
+                text = path.suffix == ".json"
+                content = json.loads(path.read_text()) if text else read(path)
+                require(content["format"] == FORMAT and content["dataset"]["which"], "")
+                return content
+            except Exception:           # json, zip and pickle each have their own errors
+                raise Mistake(f"{path} is damaged, or of another version of these scripts; "
+                              "remove it, or give another -o") from None
+    return {}
+
+
+def command_for(run: Run, name: str, **changes) -> str:
+    """The whole command that makes OUT/name, with every setting that is not a default."""
+    stem = Path(name).stem
+    changed = run.changed
+    if f"{stem}.py" != run.script:
+        changed = record_of(run.out, stem).get("changed", {})
+    words = ["python", f"{stem}.py"]
+    for key, value in {**changed, **run.which, **changes}.items():
+        if value == WHICH.get(key):
+            continue
+        flag = "--" + key.replace("_", "-")
+        if value is False:
+            flag = "--no-" + key.replace("_", "-")
+        words.append(flag)
+        if not isinstance(value, bool):
+            words += [str(part) for part in (value if isinstance(value, list) else [value])]
+    return shlex.join([*words, "-o", str(run.out)])
+
+
+def lock_folder(out: Path):
+    """One run at a time works in a folder -> the file that keeps others out until closed."""
+    file = open(out / ".lock", "w")
     try:
         import fcntl
-        alone = fcntl.LOCK_EX if RANKS == 1 else fcntl.LOCK_SH
-        fcntl.flock(shared, fcntl.LOCK_NB | alone)
-        fcntl.flock(own, fcntl.LOCK_NB | fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Mistake(f"another run works in {out}; wait, or give another --out") from None
+        remedy = "wait, or give another --out"
+        if multiprocessing.parent_process():    # a script of the user's, imported once more
+            remedy = 'a script that calls main needs: if __name__ == "__main__":'
+        raise Mistake(f"another run works in {out}; {remedy}") from None
     except (ImportError, OSError):      # Windows and some network drives have no such lock
         pass
-    return [shared, own]
-
-
-def keep_freed_memory():
-    """Ask glibc to keep what is freed for the next step: fewer page faults, a tenth faster."""
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**29)           # for processes to come
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**25)
-    if os.name != "posix":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)       # other C libraries lack it
-    if mallopt:
-        mallopt(-1, 2**29)              # M_TRIM_THRESHOLD
-        mallopt(-3, 2**25)              # M_MMAP_THRESHOLD
+    return file
 
 
 def choose_device(name: str) -> torch.device:
@@ -301,7 +385,7 @@ def choose_device(name: str) -> torch.device:
     require(there[name], f"--device {name}: there is none here; use --device cpu")
     if name != "cuda":
         return torch.device(name)
-    card = whole_number("LOCAL_RANK", 0) % torch.cuda.device_count()
+    card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     return torch.device("cuda", card)
 
 
@@ -314,247 +398,269 @@ def bfloat16_is_fast(device) -> bool:
     return False
 
 
-def require_memory(size, what):
-    """Refuse what takes more bytes than the machine has, before the system kills somebody."""
-    if os.name != "posix":
-        return
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    require(size < there, f"{what} needs {size / 2**30:.1f} GiB of memory, and this machine "
-            f"has {there / 2**30:.1f}; use fewer or smaller images")
-
-
 # ---- data sets ------------------------------------------------------------------------------
 
 @dataclass
 class Dataset:
-    """Images uint8 (N,C,H,W), labels int64 (N,) in 0..K-1, and the same for test.
+    """Images uint8 (N,C,H,W) for training and for test, with labels int64 0..K-1, -1 for none.
 
-    `unlabelled` (M,C,H,W), M may be 0, are training images without a label. Rows count on: N
-    is that of the first unlabelled image, N+M that of the first test image; so do `names`.
+    Rows are numbered once and never again: 0 to N-1 are the training images, those from N on
+    in `names` the test images. `pool` and `validation` (sorted) share the rows 0 to N-1.
     """
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor                # (N,)
     test_images: torch.Tensor
-    test_labels: torch.Tensor
+    test_labels: torch.Tensor           # all have one
     classes: list
     name: str
-    unlabelled: torch.Tensor | None = None
-    names: list | None = None           # N + M + tests: files below the folder, or part/number
-    validation: torch.Tensor | None = None      # rows that the set itself puts aside
+    names: list | None = None           # N + tests: files below the folder, or "train/17"
+    pool: torch.Tensor | None = None    # rows that may train, with or without a label
+    validation: torch.Tensor | None = None      # rows that choose, never trained on
+    features: torch.Tensor | None = None        # (N,F), of a pretrained network
+    test_features: torch.Tensor | None = None
     white: int = 1                      # of the numbers read; 1, too, if all were bytes
     remarks: list = field(default_factory=list)         # what a person should know of it
-    source: dict = field(default_factory=dict)  # spec, data_dir, ...: to load it again
+    which: dict = field(default_factory=dict)   # the settings that it was read with
 
     def __post_init__(self):
-        if self.unlabelled is None:
-            self.unlabelled = self.images[:0]
         if self.names is None:
-            self.names = []
-            for part, images in (("train", self.images), ("unlabelled", self.unlabelled),
-                                 ("test", self.test_images)):
-                self.names += [f"{part}/{k}" for k in range(len(images))]
+            self.names = [f"train/{k}" for k in range(len(self.images))]
+            self.names += [f"test/{k}" for k in range(len(self.test_images))]
+        if self.validation is None:
+            self.validation = set_aside(self.labels, self.names, 0.1, last=True)
+        if self.pool is None:
+            trains = torch.ones(len(self.labels), dtype=torch.bool)
+            trains[self.validation] = False
+            self.pool = trains.nonzero()[:, 0]
 
-    def tensors(self):
-        return self.images, self.labels, self.test_images, self.test_labels
+    def labelled(self) -> torch.Tensor:
+        """Rows of the pool that have a label."""
+        return self.pool[self.labels[self.pool] >= 0]
 
-    def take(self, rows):
-        """The images of some rows."""
-        rows = rows.to(self.images.device)
-        taken = self.images.new_empty(len(rows), *self.images.shape[1:])
-        first = 0
-        for images in (self.images, self.unlabelled, self.test_images):
-            here = (rows >= first) & (rows < first + len(images))
-            taken[here] = images[rows[here] - first]
-            first += len(images)
-        return taken
+    def unlabelled(self) -> torch.Tensor:
+        """Rows of the pool that have none."""
+        return self.pool[self.labels[self.pool] < 0]
 
-    def labels_of(self, rows):
-        """The labels of some rows, -1 where there is none."""
-        none = self.labels.new_full((len(self.unlabelled),), -1)
-        return torch.cat([self.labels, none, self.test_labels])[rows.to(none.device)]
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 digits that tell these images and labels from others, wherever they lie."""
+        digest = hashlib.sha256()
+        for part in (self.images, self.labels, self.test_images, self.test_labels):
+            digest.update(str(part.shape).encode())
+            digest.update(part.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def facts(self) -> dict:
         """What a file says of its data set: enough to load it again, and to know it again."""
-        parts = list(self.tensors())
-        if len(self.unlabelled):        # of a set without, the mark is what it was before
-            parts.append(self.unlabelled)
-        marks = [fingerprint(part.cpu().numpy().tobytes()) for part in parts]
         grounds = (ground_of(self.images) / 8).round().unique() * 8
-        return {"name": self.name, **self.source, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": len(self.images),
-                "unlabelled": len(self.unlabelled),
-                "white": self.white, "ground": grounds.int().tolist(),
-                "test_images": len(self.test_images),
-                "fingerprint": fingerprint("".join(marks).encode())}
+        with_label = int((self.labels >= 0).sum())
+        return {"name": self.name, "which": self.which, "shape": list(self.images.shape[1:]),
+                "classes": self.classes, "images": with_label,
+                "unlabelled": len(self.labels) - with_label,
+                "test_images": len(self.test_images), "white": self.white,
+                "ground": grounds.int().tolist(), "fingerprint": self.fingerprint}
+
+    def to(self, device):
+        """Move all tensors to the device, in place."""
+        for key, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, key, value.to(device))
+        return self
 
 
 def load_dataset(run: Run, upstream=None) -> Dataset:
-    """The data set that --dataset names, or the one that the `upstream` file was made from."""
-    known = upstream["dataset"] if upstream else {}
-    if run.dataset in (None, known.get("spec")):        # scaled as it was for vae.pt
-        run.image_size = known.get("image_size", run.image_size)
-        run.labels = run.labels or known.get("labels")
-        run.labels_from = run.labels_from or known.get("labels_from")
-    run.dataset = run.dataset or known.get("spec", "glyphs")
-    run.data_dir = run.data_dir or known.get("data_dir", "data")
-    source = {"data_dir": run.data_dir, "image_size": run.image_size, "labels": run.labels,
-              "labels_from": run.labels_from}
-    run.settings.update(source, dataset=run.dataset)
+    """The data set of a run, with its labels; other images than the folder's are refused.
 
-    data = open_dataset(run.dataset, run.data_dir, run.image_size, run.out)
-    check(data, run.image_size)
-    data.source = {"spec": run.dataset, **source}
+    `upstream`, a loaded file, stands for what the folder says.
+    """
+    data = open_dataset(run)
+    data.which = run.which
     if run.labels:
-        relabel(data, keep_labels(data, run.labels))
+        keep_labels(data, run.labels, run.seed)
     if run.labels_from:
-        correct_labels(data, run.labels_from)
-    if known:
-        facts = data.facts()
-        alike = (facts["fingerprint"] == known["fingerprint"]
-                 and facts["shape"] == known["shape"]
-                 and len(facts["classes"]) == len(known["classes"]))
-        require(alike, f"{run.out}/vae.pt was made from other images than {run.dataset}; "
-                f"make it with: {command_for(run, 'vae.pt')}")
-    elif RANK == 0:                     # a later script need not say it again
-        if len(data.unlabelled):
-            data.remarks.append(f"{len(data.images):,} training images with a label, "
-                                f"{len(data.unlabelled):,} without")
-        for remark in [*data.remarks, *repeated_images(data)]:
+        correct_labels(data, Path(run.labels_from))
+    if upstream:
+        run.record = upstream["dataset"]
+    check_folder(run, data)
+    if RANK == 0 and not run.bound:     # a later script need not say it again
+        for remark in [*data.remarks, *remarks_on(data)]:
             print(f"{data.name}: {remark}", file=sys.stderr)
-    data.images = data.images.to(run.device)
-    data.labels = data.labels.to(run.device)
-    data.unlabelled = data.unlabelled.to(run.device)
-    data.test_images = data.test_images.to(run.device)
-    data.test_labels = data.test_labels.to(run.device)
-    return data
+    run.record = data.facts()
+    return data.to(run.device)
 
 
-def open_dataset(spec: str, data_dir: str, side: int, cache: Path) -> Dataset:
-    """Read the data set `spec`; the pictures of a folder are scaled to `side`, once."""
+def open_dataset(run: Run) -> Dataset:
+    """Read the data set of a run; the pictures of a folder are scaled, once."""
+    spec = run.dataset
     if spec == "glyphs":
         return glyphs()
     if spec.endswith(".npz"):
-        return npz_dataset(Path(spec))
+        return npz_dataset(Path(spec), run.image_size)
     if spec in TORCHVISION:
-        return torchvision_dataset(spec, data_dir)
+        return torchvision_dataset(spec, run.data_dir, run.image_size)
     if Path(spec).is_dir():
-        return folder_dataset(Path(spec), side, cache)
-    near = difflib.get_close_matches(spec, ["glyphs", *TORCHVISION], 1)
-    hint = f"did you mean {near[0]}?" if near else "names: glyphs " + " ".join(TORCHVISION)
+        return folder_dataset(run, Path(spec))
+    near = difflib.get_close_matches(spec, NAMES, 1)
+    hint = f"did you mean {near[0]}?" if near else f"names: {' '.join(NAMES)}"
     raise Mistake(f"no data set or folder {spec!r}; {hint}")
 
 
-def check(data: Dataset, side: int):
-    """The one door that every data set passes.
+def check_folder(run: Run, data: Dataset):
+    """A folder belongs to its data set, which is known by its content."""
+    if not run.record or run.record["fingerprint"] == data.fingerprint:
+        return
+    before = run.record["which"]["dataset"]
+    same = os.path.abspath(before) == os.path.abspath(run.dataset)
+    require(same, f"{run.out} is the folder of {before}, and {run.dataset} is another data set;"
+            f" give another -o, as -o runs/{data.name}")
+    require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "
+            f"than {run.dataset} has now; make it again with: "
+            f"{command_for(run, run.source)}, or give another -o")
 
-    Labels become 0..K-1, colour that is none becomes grey, sides at most 64.
+
+def assemble(name: str, images: dict, labels: dict, classes=None, names=None, side=32,
+             remarks=(), **more) -> Dataset:
+    """The one door that every data set passes: its parts become one record.
+
+    `images` uint8 (n,C,H,W), `labels` int64 (n,) and `names` by part: train, validation,
+    unlabelled, test. Labels become 0..K-1, colour that is none becomes grey, sides 16 to 64.
     """
-    x, y, x_test, y_test = data.tensors()
-
     def expect(ok, message):
-        require(ok, f"{data.name}: {message}")
+        require(ok, f"{name}: {message}")
 
-    expect(len(x) == len(y) and len(x_test) == len(y_test),
-           "images and labels differ in number")
-    expect(len(y) and len(y_test), "no images for training, or none for test")
-    expect(x.shape[1:] == x_test.shape[1:], "training and test images differ in shape")
-    expect(x.shape[1:] == data.unlabelled.shape[1:],
-           "images with and without a label differ in shape")
-    height, width = x.shape[2:]
-    expect(height and width, f"images of {height}x{width} pixels")
-    kinds = y.unique()
+    expect(len(images.get("train", [])) and len(images.get("test", [])),
+           "no images for training, or none for test")
+    for part, x in images.items():
+        if part == "unlabelled":
+            labels[part] = torch.full((len(x),), -1)
+        expect(part in labels and len(x) == len(labels[part]),
+               f"{part} images and labels differ in number")
+        expect(x.shape[1:] == images["train"].shape[1:],
+               f"{part} images and those for training differ in shape")
+    labels, classes = number_classes(labels, classes, expect)
+    training = [part for part in ("train", "validation", "unlabelled") if part in images]
+    if names is None:
+        names = {part: [f"{part}/{k}" for k in range(len(x))] for part, x in images.items()}
+    parts = torch.cat([images[part] for part in training]), images["test"]
+    parts, more_remarks = fit_pixels(parts, side)
+    if "validation" in images:
+        first = len(images["train"])
+        more["validation"] = torch.arange(first, first + len(images["validation"]))
+    every_name = sum([names[part] for part in [*training, "test"]], [])
+    data = Dataset(parts[0], torch.cat([labels[part] for part in training]), parts[1],
+                   labels["test"], classes, readable(name), every_name,
+                   remarks=[*remarks, *more_remarks], **more)
+    expect(len(data.validation), "nothing is left for validation; two images a class are needed")
+    return data
+
+
+def number_classes(labels: dict, classes, expect):
+    """Labels by part, any whole numbers, -1 for none -> 0..K-1, and the names of the classes."""
+    train = labels["train"]
+    kinds = train[train >= 0].unique()
     values = kinds.tolist()
-    names = data.classes or values
-    unknown = sorted(set(y_test.tolist()) - set(values))
-    spoken = dict(enumerate(data.classes or []))
-    unknown = [spoken.get(value, value) for value in unknown[:5]]
-    expect(not unknown, f"labels {unknown} are in test but not in training")
-    expect(len(values) > 1, "only one class; percentages need two or more")
-    if len(names) > len(values) and set(values) <= set(range(len(names))):
-        names = [names[value] for value in values]      # some classes have no image
+    names = classes or values
+    for part, y in labels.items():
+        unknown = sorted(set(y.tolist()) - {*values, -1})[:5]
+        spoken = [names[value] if value in range(len(names)) else value for value in unknown]
+        expect(not unknown, f"{part} images have classes that training images have not: "
+               f"{spoken}")
+        expect(part in ("train", "unlabelled") or (y >= 0).all(),
+               f"{part} images without a label (-1); number the classes from 0")
+    expect(len(values) > 1, "only one class; percentages need two or more (-1 is no label)")
+    if max(values) < len(names):        # some classes may have no image
+        names = [names[value] for value in values]
     expect(len(names) == len(values), f"{len(names)} names for {len(values)} classes")
-
-    data.name = readable(data.name)
-    data.classes = [readable(str(name)) for name in names]
-    data.labels = torch.searchsorted(kinds, y)
-    data.test_labels = torch.searchsorted(kinds, y_test)
-    fit_pixels(data, side)
+    numbered = {part: torch.where(y < 0, -1, torch.searchsorted(kinds, y))
+                for part, y in labels.items()}
+    return numbered, [readable(str(name)) for name in names]
 
 
-def fit_pixels(data: Dataset, side: int):
+def fit_pixels(parts, side: int):
     """Colour that is none becomes grey, for all images or for none; sides 16 to 64."""
-    height, width = data.images.shape[2:]
-    parts = [data.images, data.test_images, data.unlabelled]
-    if all(is_grey(part) for part in parts if len(part)):
+    remarks = []
+    height, width = parts[0].shape[2:]
+    require(height and width, f"images of {height}x{width} pixels")
+    count = sum(int(in_colour(part).sum()) for part in parts)
+    total = sum(len(part) for part in parts)
+    if count == 0:
         parts = [to_grey(part) for part in parts]
+    elif count < total / 10:
+        remarks.append(f"{count:,} of {total:,} images have colour, so all are read in colour")
     if max(height, width) > 64 or min(height, width) < 16:
         parts = [resize(part, side) for part in parts]
-        data.remarks.append(f"of images of {height}x{width} pixels, the middle squares are "
-                            f"scaled to {side}x{side}")
-    data.images, data.test_images, data.unlabelled = parts
+        remarks.append(f"of images of {height}x{width} pixels, the middle squares are scaled "
+                       f"to {side}x{side}")
+    return parts, remarks
 
 
 def readable(name: str) -> str:
-    """A name that can be printed: bytes of a file name that are not UTF-8 are spelt out."""
+    """A name in NFC, as all systems would write it, whose bytes that are no text are spelt."""
+    name = unicodedata.normalize("NFC", name)
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def repeated_images(data: Dataset) -> list:
-    """Remarks on images that training has, and that should measure what it has learnt."""
-    def marks(images):
-        return [hash(image.tobytes()) for image in images.numpy()]
-
-    pool, validation = split(data)
-    known = set(marks(data.images[pool]))
+def remarks_on(data: Dataset) -> list:
+    """What a person should know: images that are there twice, classes that are not tested."""
     remarks = []
-    without = marks(data.unlabelled)
-    count = sum(mark in known for mark in without)
-    if count:
-        remarks.append(f"{count:,} of {len(without):,} images without a label are there with "
-                       "one, too, pixel for pixel; move them, do not copy")
-    known.update(without)
-    for part, images in (("validation", data.images[validation]), ("test", data.test_images)):
-        count = sum(mark in known for mark in marks(images))
+    without = len(data.unlabelled())
+    if without:
+        remarks.append(f"{len(data.labelled()):,} training images with a label, {without:,} "
+                       "without")
+    marks = [hash(image.tobytes()) for part in (data.images, data.test_images)
+             for image in part.numpy()]
+    tests = torch.arange(len(data.images), len(marks))
+    seen = set()
+    for part, rows in (("labelled", data.labelled()), ("unlabelled", data.unlabelled()),
+                       ("validation", data.validation), ("test", tests)):
+        here = [marks[row] for row in rows.tolist()]
+        count = sum(mark in seen for mark in here)
         if count:
-            remarks.append(f"{count:,} of {len(images):,} {part} images are training images, "
-                           "too, pixel for pixel; they measure memory")
+            remarks.append(f"{count:,} of {len(here):,} {part} images stand among the training "
+                           "images, too, pixel for pixel; move pictures, do not copy them")
+        seen.update(here)
+    classes = {}
+    for mark, label in zip(marks, [*data.labels.tolist(), *data.test_labels.tolist()]):
+        if label >= 0:
+            classes.setdefault(mark, set()).add(label)
+    count = sum(len(some) > 1 for some in classes.values())
+    if count:
+        remarks.append(f"{count:,} images are in two classes, pixel for pixel")
+    untested = set(range(len(data.classes))) - set(data.test_labels.tolist())
+    if untested:
+        missing = ", ".join(data.classes[c] for c in sorted(untested))
+        remarks.append(f"no test images of {missing}")
     return remarks
 
 
-def torchvision_datasets():
-    """The module torchvision.datasets."""
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's "
-                      "build: pip install --upgrade --force-reinstall torch torchvision"
-                      ) from None
-    return datasets
-
-
-def torchvision_dataset(name: str, root: str) -> Dataset:
+def torchvision_dataset(name: str, root: str, side: int) -> Dataset:
     """One of torchvision.datasets, downloaded only if it is not on disk."""
-    train = torchvision_part(name, root, train=True)
-    test = torchvision_part(name, root, train=False)
-    images, _, _ = as_images(np.asarray(train.data), np.asarray(test.data))     # all are bytes
-    tensors = []
-    for part, x in zip((train, test), images):
-        if name.startswith("emnist"):   # its images are stored lying down
-            x = x.transpose(2, 3).contiguous()
-        y = part.labels if name == "stl10" else part.targets
-        tensors += [x, torch.as_tensor(y).long()]
-    classes = [label.split(" - ")[0] for label in getattr(test, "classes", [])]
-    return Dataset(*tensors, classes or None, name)
+    pixels = {}
+    labels = {}
+    for part in ("train", "test"):
+        read = torchvision_part(name, root, part)
+        pixels[part] = np.asarray(read.data)
+        labels[part] = torch.as_tensor(read.labels if name == "stl10" else read.targets).long()
+        classes = [label.split(" - ")[0] for label in getattr(read, "classes", [])]
+    images, _, _ = as_images(pixels)
+    if name.startswith("emnist"):       # its images are stored lying down
+        images = {part: x.transpose(2, 3).contiguous() for part, x in images.items()}
+    return assemble(name, images, labels, classes or None, side=side)
 
 
-def torchvision_part(name: str, root: str, train: bool):
+def torchvision_part(name: str, root: str, part: str):
     """The training or the test part of a data set of torchvision."""
-    kind = getattr(torchvision_datasets(), TORCHVISION[name])
-    keywords = {"train": train}
+    keywords = {"train": part == "train"}
     if name == "stl10":
-        keywords = {"split": "train" if train else "test"}
+        keywords = {"split": part}
     if name.startswith("emnist"):
         keywords["split"] = name.removeprefix("emnist-")
+    try:
+        from torchvision import datasets
+        kind = getattr(datasets, TORCHVISION[name])
+    except (ImportError, RuntimeError) as error:
+        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
+                      "pip install --upgrade --force-reinstall torch torchvision") from None
     try:
         return kind(root, **keywords, download=False)
     except Exception:                   # each kind has its own way to say that it is not there
@@ -567,69 +673,102 @@ def torchvision_part(name: str, root: str, train: bool):
                       "or use --dataset glyphs meanwhile") from None
 
 
-def npz_dataset(path: Path) -> Dataset:
-    """x_train y_train x_test y_test [classes x_unlabelled].
+def npz_dataset(path: Path, side: int) -> Dataset:
+    """x_train y_train x_test y_test, and if there x_val y_val x_unlabelled classes.
 
-    Images are (N,H,W), (N,H,W,C) or (N,C,H,W).
+    Images are (N,H,W), (N,H,W,C) or (N,C,H,W); labels numbers, names or one-hot rows.
     """
     try:
-        require_regular(path)
         with np.load(path, allow_pickle=False) as file:
-            size = sum(part.file_size for part in file.zip.infolist())
-            require_memory(2 * size, path)
-            arrays = [file["x_train"], file["x_test"]]
-            arrays += [file[f"x_{name}"] for name in UNLABELLED if f"x_{name}" in file.files]
-            (train, test, *others), white, remarks = as_images(*arrays)
-            unlabelled = torch.cat(others) if others else None
-            (y_train, y_test), classes = as_labels(file["y_train"], file["y_test"])
-            if classes is None and "classes" in file.files:
-                classes = file["classes"].astype(str).tolist()
+            arrays, left_out = known_arrays(file)
+        pixels = {name[2:]: array for name, array in arrays.items() if name[:2] == "x_"}
+        images, white, remarks = as_images(pixels)
+        labels = {name[2:]: array for name, array in arrays.items() if name[:2] == "y_"}
+        labels, classes = as_labels(labels)
+        if classes is None and "classes" in arrays:
+            classes = arrays["classes"].astype(str).tolist()
     except Exception as error:          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., "
-                      "y_train=..., x_test=..., y_test=..., [classes=...], "
-                      "[x_unlabelled=...])") from None
-    return Dataset(train, y_train, test, y_test, classes, path.stem, unlabelled, white=white,
-                   remarks=remarks)
+                      "y_train=..., x_test=..., y_test=..., [x_val=..., y_val=...], "
+                      "[x_unlabelled=...], [classes=...])") from None
+    if left_out:
+        remarks.append(f"left out: {', '.join(left_out)}")
+    return assemble(name_of(path), images, labels, classes, side=side, white=white,
+                    remarks=remarks)
 
 
-def as_labels(train, test):
-    """Arrays of labels -> int64 (N,) and (M,), and the classes, if labels are their names."""
-    y = np.concatenate([train, test], None)             # flat
+def known_arrays(file):
+    """The arrays of an .npz file by their names in ARRAYS; the names of the others."""
+    arrays = {}
+    left_out = []
+    for name in file.files:
+        kind, _, part = name.lower().partition("_")
+        known = f"{kind}_{PARTS[part]}" if part in PARTS else name.lower()
+        if known not in ARRAYS:
+            near = difflib.get_close_matches(known, ARRAYS, 1, 0.75)
+            left_out.append(f"{name} (rename it, if it is {near[0]})" if near else name)
+            continue
+        require(known not in arrays, f"{known} is there twice, once as {name}")
+        arrays[known] = file[name]
+    return arrays, left_out
+
+
+def as_labels(arrays: dict):
+    """Arrays of labels -> int64 tensors (n,), -1 for none; classes, if labels are names."""
+    flat = {}
+    for part, y in arrays.items():
+        if y.ndim == 2 and y.shape[1] > 1:
+            require((y.sum(1) == 1).all() and np.isin(y, (0, 1)).all(),
+                    f"y_{part} of shape {y.shape}; wanted (N,), or one-hot rows")
+            y = y.argmax(1)
+        flat[part] = y.reshape(-1)
+    y = np.concatenate(list(flat.values()))
     classes = None
     if y.dtype.kind in "US":
         classes, y = np.unique(y.astype(str), return_inverse=True)
-        classes = list(classes)
-    require(y.dtype.kind in "buif" and (y % 1 == 0).all(),
-            "labels must be whole numbers, or names")
+        if classes[0] == "":            # no label; it comes first
+            classes = classes[1:]
+            y = y - 1
+        classes = classes.tolist()
+    require(y.dtype.kind in "buif" and (y % 1 == 0).all() and y.min() >= -1,
+            "labels must be whole numbers, names or one-hot rows; -1 or an empty name is none")
     y = torch.from_numpy(y.astype(np.int64))
-    return y.split([train.size, test.size]), classes
+    return dict(zip(flat, y.split([len(part) for part in flat.values()]))), classes
 
 
 # ---- pixels: one rule for a whole data set --------------------------------------------------
 
-def as_images(*arrays):
-    """Arrays of images -> uint8 tensors (N,C,H,W), the white level of all, remarks."""
-    shaped = []
-    for array in arrays:
+def as_images(arrays: dict):
+    """Arrays of images by part -> uint8 tensors (n,C,H,W), the highest white level, remarks.
+
+    One scale a type: bytes beside 16-bit numbers are each read as their type is.
+    """
+    spans = collections.defaultdict(list)
+    shaped = {}
+    for part, array in arrays.items():
         if array.ndim == 3:
             array = array[:, None]
         elif array.ndim == 4 and array.shape[3] in (1, 3):
             array = array.transpose(0, 3, 1, 2)
         require(array.ndim == 4 and array.shape[1] in (1, 3),
                 f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
-        shaped.append(array)
-    spans = [span_of(array) for array in shaped if array.size]
-    white, remarks = white_of(spans)
-    highest = [high for _, high, _ in spans]
-    require(white == 1 or not any(0 < high <= 1 for high in highest),
-            f"the highest pixels of training and test are {highest}; wanted one scale")
-    images = []
-    for array in shaped:
-        array = np.ascontiguousarray(to_bytes(array, white))    # whatever the file's layout
-        images.append(torch.from_numpy(array))
-    if all(array.dtype == np.uint8 for array in shaped):
-        white = 1
-    return images, white, remarks
+        shaped[part] = array
+        if array.size:
+            spans[array.dtype].append(span_of(array))
+    whites = {}
+    remarks = []
+    for dtype, some in spans.items():
+        whites[dtype], words = white_of(some)
+        remarks += words
+        highest = [high for _, high, _ in some]
+        require(whites[dtype] == 1 or not any(0 < high <= 1 for high in highest),
+                f"the highest pixels of the parts are {highest}; wanted one scale")
+    images = {}
+    for part, array in shaped.items():
+        pixels = to_bytes(array, whites.get(array.dtype, 255))
+        images[part] = torch.from_numpy(np.ascontiguousarray(pixels))
+    deep = [white for dtype, white in whites.items() if dtype != np.uint8]
+    return images, max(deep, default=1), remarks
 
 
 def span_of(pixels):
@@ -653,12 +792,11 @@ def white_of(spans, source="", white=1):
     if not spans:
         return white, []
     lows, highs, wholes = zip(*spans)
-    low = min(lows)
     high = max(highs)
     whole = all(wholes)
-    span = f"pixels span {low:g} to {high:.8g}"
-    known = whole or white > 1
-    require(known or not 1.25 < high < 25, f"{source}{span}; wanted [0, 1] or [0, 255]")
+    span = f"pixels span {min(lows):g} to {high:.8g}"
+    require(whole or white > 1 or not 1.25 < high < 25,
+            f"{source}{span}; wanted [0, 1] or [0, 255]")
     for level in WHITES:
         most = level if whole or level > 255 else 1.25 * level
         if level >= white and high <= most:
@@ -675,13 +813,13 @@ def to_bytes(pixels, white: int):
     return levels.round().clip(0, 255).astype(np.uint8)
 
 
-def is_grey(images) -> bool:
-    """Do no channels of (N,C,H,W) differ by more than 2 levels? JPEG files add so much."""
-    for part in images.split(1000):     # of colour images the first says it
+def in_colour(images):
+    """Which images (N,C,H,W) have channels that differ by more than JPEG files add, 2 levels?"""
+    marks = [torch.zeros(0, dtype=torch.bool)]
+    for part in images.split(1000):
         spread = part.amax(1) - part.amin(1)
-        if spread.max() > 2:
-            return False
-    return True
+        marks.append(spread.flatten(1).amax(1) > 2)
+    return torch.cat(marks)
 
 
 def to_grey(images):
@@ -717,70 +855,69 @@ def resize(images, side: int):
 
 # ---- folders of pictures --------------------------------------------------------------------
 
-def folder_dataset(root: Path, side: int, cache: Path) -> Dataset:
+def folder_dataset(run: Run, root: Path) -> Dataset:
     """root/<class>/*, a fifth of it for test; or root/train/<class>/*, and so for test.
 
     root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
     """
     left_out = []
-    samples, unlabelled = find_samples(root, left_out)
-    classes = sorted({name for _, name in samples["train"]})
-    pairs = [*samples["train"], *samples["validation"], *samples["test"]]
-    labels = torch.tensor([classes.index(name) for _, name in pairs])
-    files = [file for file, _ in pairs] + unlabelled
-    images, white, remarks = read_once(files, side, cache, root)
+    samples = find_samples(root, left_out)
+    files = [file for _, file, _ in samples]
+    images, white, remarks, damaged = read_pictures(files, root, run)
+    samples = [sample for sample in samples if sample[1] not in damaged]
     if left_out:
         counts = collections.Counter(left_out).most_common()
         remarks.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in counts))
 
-    sizes = [len(pairs) for pairs in samples.values()]
-    first, validation, last = torch.arange(len(labels)).split(sizes)
-    if not samples["test"]:             # the fifth does not depend on --seed: test stays test
-        first, last = hold_out(labels, first, 0.2)
-    rows = torch.cat([first, validation])
-    name = Path(os.path.abspath(root)).name             # of ".", too
-    names = []
-    for row in [*rows.tolist(), *range(len(labels), len(files)), *last.tolist()]:
-        names.append(readable(Path(files[row]).relative_to(root).as_posix()))
-    data = Dataset(images[rows], labels[rows], images[last], labels[last], classes, name,
-                   images[len(labels):], names, white=white, remarks=remarks)
-    if samples["validation"]:
-        data.validation = torch.arange(len(first), len(rows))
-    return data
+    parts = [part for part, _, _ in samples]
+    names = [readable(file.relative_to(root).as_posix()) for _, file, _ in samples]
+    classes = sorted({name for _, _, name in samples if name})
+    labels = torch.tensor([classes.index(name) if name else -1 for _, _, name in samples])
+    if "test" not in parts:             # the fifth does not depend on --seed: test stays test
+        in_train = torch.tensor([part == "train" for part in parts])
+        for row in set_aside(torch.where(in_train, labels, -1), names, 0.2).tolist():
+            parts[row] = "test"
+    rows = collections.defaultdict(list)
+    for row, part in enumerate(parts):
+        rows[part].append(row)
+    return assemble(name_of(root), {part: images[some] for part, some in rows.items()},
+                    {part: labels[some] for part, some in rows.items()}, classes,
+                    {part: [names[row] for row in some] for part, some in rows.items()},
+                    remarks=remarks, white=white)
 
 
-def find_samples(root: Path, left_out: list):
-    """(file, class) pairs by part of the data set, and the files without a label."""
-    unlabelled = []
-    samples = {"train": [], "validation": [], "test": []}
-    parts = find_parts(root)
-    for part, folder in parts.items():
-        samples[part] = class_files(folder, left_out, unlabelled if part == "train" else None)
-    if parts["train"] != root:          # else class_files has seen these
-        for folder in subfolders(root, []):
-            if folder.name.lower() in UNLABELLED:
-                unlabelled += pictures_in(folder, left_out)
-    classes = {name for _, name in samples["train"]}
-    for part, pairs in samples.items():
-        unknown = {name for _, name in pairs} - classes
-        require(not unknown, f"{root}: its {part} images have classes that the training "
-                f"images have not: {' '.join(sorted(unknown))}")
-    return samples, unlabelled
+def find_samples(root: Path, left_out: list) -> list:
+    """(part, file, class) of each picture below a folder; the class is None where there is none.
+
+    What is left out goes to the list of that name.
+    """
+    samples = []
+    for part, folder in find_parts(root).items():
+        if part == "unlabelled":
+            samples += [(part, file, None) for file in pictures_in(folder, left_out)]
+        else:
+            samples += class_samples(folder, part, left_out)
+    return samples
 
 
 def find_parts(root: Path) -> dict:
     """{"train": a folder of classes, "test": ...}; of one without parts, {"train": root}."""
     parts = {}
     others = []
+    hints = {}
     for folder in subfolders(root, []):
         part = PARTS.get(folder.name.lower())
-        if part is None and folder.name.lower() not in UNLABELLED:
-            others.append(folder)
-        elif part:
+        if part:
             other = parts.setdefault(part, folder)
             require(other == folder, f"{root}: {other.name}/ and {folder.name}/ are either "
                     f"both its {part} images, or two classes; rename one")
-    if not parts:
+        else:
+            others.append(folder)
+            hints[hinted_part(folder.name)] = folder.name
+    if not parts.keys() - {"unlabelled"}:
+        renames = [f"{name}/ to {part}/" for part, name in hints.items() if part]
+        require(len(renames) < 2, f"{root}: are these parts of the data set? then rename "
+                f"{' and '.join(renames)}; else call these classes something else")
         return {"train": root}
     names = "/, ".join(folder.name for folder in parts.values())
     classes = [folder.name for folder in others if pictures_in(folder, [])]
@@ -789,6 +926,41 @@ def find_parts(root: Path) -> dict:
             "classes; move or rename some")
     require("train" in parts, f"{root}: there is {names}/ but no train/")
     return parts
+
+
+def hinted_part(name: str) -> str | None:
+    """The part that seg_train, Test set or unlabeled_data may be meant for."""
+    for word in re.split(r"[\W_]+", name.lower()):
+        part = PARTS.get(word.removesuffix("set"))
+        if part:
+            return part
+    return None
+
+
+def class_samples(folder: Path, part: str, left_out: list) -> list:
+    """(part, file, class) of each picture in a folder of classes."""
+    samples = []
+    classes = subfolders(folder, left_out)
+    for path in list(classes):
+        if PARTS.get(path.name.lower()) == "unlabelled":
+            require(part == "train", f"{path}: images without a label are for training; move "
+                    f"them to {folder.parent / path.name}")
+            samples += [("unlabelled", file, None) for file in pictures_in(path, left_out)]
+            classes.remove(path)
+        require(path not in classes or hinted_part(path.name) != "unlabelled",
+                f"{path}: is that a class? if its images have no label, rename it unlabelled, "
+                "else anything else")
+    require(len(classes) != 1 or not subfolders(classes[0], []),
+            f"{folder}: all is in {classes[0].name}/; if its folders are the classes, "
+            f"give {classes[0]}, or move them to {folder}" if classes else "")
+    for path in classes:
+        files = pictures_in(path, left_out)
+        require(files, f"{folder}: no pictures in {path.name}/; remove it, or add some "
+                f"({' '.join(IMAGE_FILES)})")
+        samples += [(part, file, readable(path.name)) for file in files]
+    require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each")
+    left_out += ["pictures in no class" for path in folder.iterdir() if is_picture(path)]
+    return samples
 
 
 def subfolders(folder: Path, left_out: list) -> list:
@@ -812,74 +984,75 @@ def is_picture(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_FILES)
 
 
-def pictures_in(folder: Path, left_out: list) -> list:
+def pictures_in(folder: Path, left_out: list, seen=None) -> list:
     """The picture files below a folder, in order; the endings of others go to `left_out`."""
+    seen = set() if seen is None else seen
+    place = os.path.realpath(folder)
+    if place in seen:                   # a link back to a folder above
+        return []
+    seen.add(place)
     files = []
     for path in folder.iterdir():
         if is_hidden(path, left_out):
             continue
         if path.is_dir():
-            files += pictures_in(path, left_out)
+            files += pictures_in(path, left_out, seen)
         elif is_picture(path):
-            files.append(str(path))
+            files.append(path)
         else:
             left_out.append(path.suffix.lower() or path.name)
-    return sorted(files, key=os.path.split)
+    return sorted(files, key=lambda path: (str(path.parent), path.name))
 
 
-def class_files(folder: Path, left_out: list, unlabelled: list | None) -> list:
-    """(file, class) of each picture in a folder of classes.
+def read_pictures(files: list, root: Path, run: Run):
+    """Pictures -> uint8 (n,3,side,side), their white level, remarks, the files left out.
 
-    Those in a folder called unlabelled go to the list of that name; None: there may be none.
+    OUT/images.npz keeps what has been read, also when interrupted: each is decoded once.
     """
-    samples = []
-    for path in subfolders(folder, left_out):
-        files = pictures_in(path, left_out)
-        name = path.name.lower()
-        if name in UNLABELLED:
-            require(unlabelled is not None, f"{path}: images without a label are for "
-                    f"training; move them to {folder.parent / name}")
-            unlabelled += files
-            continue
-        near = difflib.get_close_matches(name, UNLABELLED, 1, 0.9)
-        require(not near, f"{path}: is {path.name} a class? if its images have no label, "
-                f"rename it {''.join(near)}, else anything else")
-        require(files, f"{folder}: no pictures in {path.name}/; remove it, or add "
-                f"some ({' '.join(IMAGE_FILES)})")
-        samples += [(file, path.name) for file in files]
-    require(samples, f"{folder}: no classes; wanted one subfolder a class, images in each")
-    left_out += ["pictures in no class" for path in folder.iterdir() if is_picture(path)]
-    return samples
-
-
-def read_once(files: list, side: int, cache: Path, root: Path):
-    """uint8 (N,C,side,side) of pictures, their white level, remarks.
-
-    Decoded once, then mapped into memory.
-    """
-    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-    mark = fingerprint(json.dumps([FORMAT, side, stats]).encode())
-    folder = fingerprint(os.fsencode(root.resolve()))
+    side = run.image_size
+    cache = run.out / "images.npz"
+    marks = {file: mark_of(file, root, side) for file in files}
+    kept, white = read_cache(cache)
     remarks = []
-    older = list(cache.glob(f"images-{folder}-*.npy"))
-    stored = next(cache.glob(f"images-{folder}-{mark}-*.npy"), None)
-    if stored is None:
+    damaged = []
+    if not kept.keys() >= set(marks.values()):
         print(f"reading {len(files):,} images", file=sys.stderr)
+        before = white
         white, remarks = white_of(deep_spans(files), f"{root}: ")
-        require_memory(2 * len(files) * 3 * side**2, root)
-        images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-        for row, file in enumerate(files):
-            images[row] = torch.from_numpy(read_image(file, (side, side), white))
-        if is_grey(images):
-            images = to_grey(images)
-        stored = cache / f"images-{folder}-{mark}-{white}.npy"
-        with whole(stored, cache / f"images.{RANK}.tmp") as out:
-            np.save(out, images.numpy())
-        for path in older:              # of the folder as it was
-            path.unlink(missing_ok=True)
-    require_regular(stored)
-    white = int(stored.stem.split("-")[-1])
-    return torch.from_numpy(np.load(stored, mmap_mode="c")), white, remarks
+        kept = {mark: kept[mark] for mark in marks.values() if mark in kept and white == before}
+        try:
+            for file, mark in marks.items():
+                if mark not in kept:
+                    try:
+                        kept[mark] = read_image(file, (side, side), white)
+                    except Mistake:
+                        damaged.append(file)
+        finally:
+            write(cache, {"marks": list(kept), "pixels": list(kept.values()), "white": white})
+    if damaged:
+        words = ", ".join(file.relative_to(root).as_posix() for file in damaged)
+        require(run.skip_damaged, f"{root}: {len(damaged)} of {len(files)} pictures cannot be "
+                f"read: {words}; mend or remove them, or go on without: --skip-damaged")
+        remarks.append(f"{len(damaged):,} damaged pictures left out: {words}")
+    pixels = [kept[mark] for mark in marks.values() if mark in kept]
+    require(pixels, f"{root}: no picture can be read")
+    return torch.from_numpy(np.stack(pixels)), white, remarks, damaged
+
+
+def mark_of(file: Path, root: Path, side: int) -> str:
+    """What tells a picture, as it is now and at this size, from others."""
+    about = file.stat()
+    name = str(file.relative_to(root))
+    return fingerprint(json.dumps([side, name, about.st_size, about.st_mtime_ns]).encode())
+
+
+def read_cache(path: Path):
+    """-> {mark: pixels (3,side,side)}, white level; {} and 0 where there are none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:         # it knows a damaged one
+            return dict(zip(file["marks"].tolist(), file["pixels"])), int(file["white"])
+    except Exception:                   # numpy, zip and zlib each have their own errors
+        return {}, 0
 
 
 # ---- pictures -------------------------------------------------------------------------------
@@ -888,14 +1061,11 @@ def read_once(files: list, side: int, cache: Path, root: Path):
 def open_picture(path):
     """A PIL image; whatever is wrong with the file becomes one line that names it."""
     from PIL import Image
+    Image.MAX_IMAGE_PIXELS = 2**29      # PIL refuses twice as many; photographs have 2**28
     try:
-        require_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as picture:
-                size = os.path.getsize(path)
-                require(math.prod(picture.size) < max(2**24, 2000 * size),
-                        f"it claims {picture.size} pixels in {size} bytes")
                 yield picture
     except Exception as error:          # PIL, zlib and struct have many
         raise Mistake(f"{path} cannot be read as an image ({error}); mend or remove it"
@@ -906,7 +1076,7 @@ def deep_spans(files) -> list:
     """`span_of` each picture that has more than 8 bits."""
     spans = []
     for file in files:
-        with open_picture(file) as picture:
+        with contextlib.suppress(Mistake), open_picture(file) as picture:
             if picture.mode[0] in "IF":
                 spans.append(span_of(np.asarray(picture)))
     return spans
@@ -923,12 +1093,9 @@ def read_image(path, size, white=65535):
     reach = 2 * max(size)
     with open_picture(path) as picture:
         picture.draft(None, (reach, reach))             # large JPEGs are decoded smaller
-        picture.load()
-        turn = UPRIGHT.get(picture.getexif().get(0x0112))       # PIL has turned TIFFs already
+        picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":
             picture = Image.fromarray(to_bytes(np.asarray(picture), white))
-        if turn:
-            picture = picture.transpose(Image.Transpose[turn])
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
@@ -941,29 +1108,40 @@ def read_image(path, size, white=65535):
 def read_like(path, facts: dict):
     """A picture as those of a data set are -> uint8 (1,C,H,W), what was done."""
     channels, height, width = facts["shape"]
-    white, remarks = white_of(deep_spans([path]), f"{path}: ", facts.get("white", 1))
+    white, remarks = white_of(deep_spans([path]), f"{path}: ", facts["white"])
     image = torch.from_numpy(read_image(path, (height, width), white))[None]
     kind = "RGB"
     if channels == 1:
         kind = "grey"
         image = to_grey(image)
         ground = ground_of(image).item()
+
+        def distance(level):
+            return min(abs(level - other) for other in facts["ground"])
+
         # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
-        if distance(255 - ground, facts) + 64 < distance(ground, facts):
+        if distance(255 - ground) + 64 < distance(ground):
             image = 255 - image
             remarks.append("inverted to the data set's background")
     return image, ", ".join([f"{path}: {kind}, {height}x{width}", *remarks])
 
 
-def distance(level, facts: dict) -> float:
-    """From a level to the nearest ground of a data set's images."""
-    grounds = facts.get("ground")
-    if grounds is None:                 # older files have the share of light grounds only
-        grounds = [ground for ground in (0, 255) if abs(facts["light"] - ground / 255) < 0.95]
-    return min(abs(level - ground) for ground in grounds)
+# ---- rows: which images train, which choose, which labels count -----------------------------
 
+def set_aside(labels, names: list, share: float, last=False) -> torch.Tensor:
+    """Rows, sorted: of each class a share, but one at least, unless it has only one image.
 
-# ---- rows: which images train, which choose -------------------------------------------------
+    A hash of their names picks them, the smallest or the `last`: so a new image moves no
+    more than one other of its class.
+    """
+    rows = []
+    for c in labels[labels >= 0].unique():
+        mine = (labels == c).nonzero()[:, 0].tolist()
+        mine.sort(key=lambda row: hashlib.sha256(names[row].encode()).digest(), reverse=last)
+        count = max(round(len(mine) * share), int(len(mine) > 1))
+        rows += mine[:count]
+    return torch.tensor(sorted(rows), dtype=torch.long)
+
 
 def shuffled_classes(labels, rows, seed: int) -> list:
     """The rows of each class that has some, in an order that the seed decides."""
@@ -972,42 +1150,17 @@ def shuffled_classes(labels, rows, seed: int) -> list:
     return [rows[labels[rows] == c] for c in labels[rows].unique()]
 
 
-def hold_out(labels, rows, fraction):
-    """Cut a fraction off every class, always the same one -> rows kept, rows cut; sorted."""
-    kept = []
-    away = []
-    for part in shuffled_classes(labels, rows, 0):
-        size = round(len(part) * fraction)
-        if len(part) > 1:               # the only image of a class stays
-            size = max(size, 1)
-        away.append(part[:size])
-        kept.append(part[size:])
-    return torch.cat(kept).sort()[0], torch.cat(away).sort()[0]
-
-
-def split(data: Dataset):
-    """-> pool, validation: a tenth of the training images, cut first, never trained on."""
-    rows = torch.arange(len(data.labels))
-    validation = data.validation
-    if validation is not None:
-        pool = rows[~torch.isin(rows, validation)]
-    else:
-        pool, validation = hold_out(data.labels.cpu(), rows, 0.1)
-    require(len(validation),
-            f"{data.name}: nothing is left for validation; two images a class are needed")
-    return pool, validation
-
-
-def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
-    """n rows of the pool, as many of each class to within one; a smaller n is in a larger one.
+def subset(data: Dataset, n: int, seed: int, subsets=10) -> torch.Tensor:
+    """n rows with a label, as many of each class to within one; a smaller n is in a larger one.
 
     Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class: they
     share no image while each class gives at most 1/subsets of its images.
     """
-    require(n <= len(pool),
-            f"{n} images asked for; there are {len(pool)} besides validation images")
+    rows = data.labelled()
+    require(n <= len(rows),
+            f"{n} images asked for; there are {len(rows)} besides validation images")
     parts = []
-    for part in shuffled_classes(data.labels.cpu(), pool, seed // subsets):
+    for part in shuffled_classes(data.labels.cpu(), rows.cpu(), seed // subsets):
         parts.append(part.roll(-(seed % subsets) * len(part) // subsets))
     if n < len(parts):                  # not the first classes every time
         order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
@@ -1015,62 +1168,7 @@ def subset(data: Dataset, pool, n: int, seed: int, subsets=10) -> torch.Tensor:
     places = [torch.arange(len(part)) for part in parts]
     # The first of each class, then the second of each, and so on.
     turn = torch.cat(places).argsort(stable=True)
-    return torch.cat(parts)[turn][:n]
-
-
-def keep_labels(data: Dataset, n: int):
-    """Labels (N+M,) of all training images, -1 for none: of the pool n keep theirs."""
-    pool, _ = split(data)
-    kept = subset(data, pool, n, 0)
-    say_if_few(n, data)
-    labels = data.labels_of(torch.arange(len(data.images) + len(data.unlabelled)))
-    labels[pool] = -1
-    labels[kept] = data.labels[kept]
-    return labels
-
-
-def relabel(data: Dataset, labels):
-    """Give training images these labels (N+M,), -1 for none; validation images stay that."""
-    _, validation = split(data)
-    images = torch.cat([data.images, data.unlabelled])
-    known = labels >= 0
-    order = (~known).long().argsort(stable=True)        # those with a label come first
-    names = [data.names[row] for row in order.tolist()]
-    data.names = names + data.names[len(labels):]
-    data.images = images[known]
-    data.labels = labels[known]
-    data.unlabelled = images[~known]
-    data.validation = torch.isin(order, validation).nonzero()[:, 0]
-
-
-def correct_labels(data: Dataset, file: str):
-    """Give images the labels that a table has for them in its column new_label."""
-    rows = {name: row for row, name in enumerate(data.names)}
-    numbers = {name: c for c, name in enumerate(data.classes)}
-    labels = data.labels_of(torch.arange(len(data.names)))
-    given = {}
-    for line in read_table(Path(file), ["image", "new_label"]):
-        image = line["image"]
-        name = line["new_label"]
-        if not name:
-            continue
-        require(image in rows, f"{file}: {data.name} has no image {image!r}; they are called "
-                f"{data.names[0]} and so on, see latent.csv")
-        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
-                f"are {', '.join(data.classes[:20])}")
-        require(given.setdefault(image, name) == name,
-                f"{file}: {image} is both {given[image]} and {name}; remove one line")
-        labels[rows[image]] = numbers[name]
-    require(given, f"{file}: no line has a new label; write some into its column new_label")
-    count = len(labels) - len(data.test_labels)
-    data.test_labels = labels[count:]
-    relabel(data, labels[:count])
-    data.remarks.append(f"{len(given):,} labels are those of {file}")
-
-
-def spaced(total: int, count: int) -> torch.Tensor:
-    """`count` of the rows 0..total-1 at even distances: a set may be sorted by class."""
-    return torch.linspace(0, total - 1, count).long()
+    return torch.cat(parts)[turn][:n].to(rows.device)
 
 
 def say_if_few(n: int, data: Dataset):
@@ -1081,233 +1179,177 @@ def say_if_few(n: int, data: Dataset):
               file=sys.stderr)
 
 
+def training_rows(data: Dataset, run: Run) -> torch.Tensor:
+    """Rows to learn from: --images N of them, all with a label, or else the whole pool."""
+    if run.images is None:
+        return data.pool
+    say_if_few(run.images, data)
+    return subset(data, run.images, run.seed)
+
+
+def fit_sizes(sizes: list, asked: bool, available: int) -> list:
+    """Sizes, sorted, that `available` images allow; those that were `asked` for are not cut."""
+    fitting = sorted({min(n, available) for n in sizes})
+    if max(sizes) > available:
+        require(not asked, f"{max(sizes)} images asked for; there are {available} besides "
+                f"validation images; give smaller SIZES (--sizes)")
+        print(f"{available} images to train on: sizes are {fitting}", file=sys.stderr)
+    return fitting
+
+
+def keep_labels(data: Dataset, n: int, seed: int):
+    """Of the pool n images keep their label."""
+    kept = subset(data, n, seed)
+    say_if_few(n, data)
+    labels = data.labels.clone()
+    data.labels[data.pool] = -1
+    data.labels[kept] = labels[kept]
+
+
+def correct_labels(data: Dataset, file: Path):
+    """Give images the labels that a table has for them in its column new_label."""
+    rows = {name.strip(): row for row, name in enumerate(data.names)}
+    numbers = {name.strip(): c for c, name in enumerate(data.classes)}
+    labels = torch.cat([data.labels, data.test_labels])
+    # A picture that was moved into the folder of its class has that label by now.
+    moved = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
+    given = {}
+    for line in read_table(file, ["image", "new_label"]):
+        image = line["image"]
+        name = line["new_label"]
+        if not name:
+            continue
+        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
+                f"are {', '.join(data.classes[:20])}")
+        require(given.setdefault(image, name) == name,
+                f"{file}: {image} is both {given[image]} and {name}; remove one line")
+        if image in rows:
+            labels[rows[image]] = numbers[name]
+            continue
+        require((Path(image).name, numbers[name]) in moved,
+                f"{file}: {data.name} has no image {image!r}; they are called "
+                f"{data.names[0]} and so on, see latent.csv")
+    require(given, f"{file}: no line has a new label; write some into its column new_label")
+    data.labels, data.test_labels = labels.split([len(data.labels), len(data.test_labels)])
+    data.remarks.append(f"{len(given):,} labels are those of {file}")
+
+
+def spaced(total: int, count: int) -> torch.Tensor:
+    """`count` of the rows 0..total-1 at even distances: a set may be sorted by class."""
+    return torch.linspace(0, total - 1, count).long()
+
+
 # ---- files ----------------------------------------------------------------------------------
 
 def write(path: Path, content):
-    """Write JSON, CSV, a figure or a .pt beside `path`, then move it there in one step."""
-    with whole(path, path.with_name(path.name + ".tmp")) as file:
-        file.write(as_bytes(content, path.suffix))
+    """Write JSON, CSV, a figure, arrays or a .pt beside `path`, then move it there in one step."""
+    write_all({path: content})
 
 
-@contextlib.contextmanager
-def whole(path: Path, temporary: Path):
-    """A file to write bytes to, which becomes `path` when all of it is there, or nothing."""
+def write_all(contents: dict):
+    """Write files beside their places, and when all are whole, move them there in turn."""
+    temporary = {path: path.with_name(f"{path.name}.{RANK}.tmp") for path in contents}
     try:
-        with create(temporary) as file:
-            yield file
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            temporary[path].write_bytes(as_bytes(content, path.suffix))
+        for path in contents:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def create(path: Path):
-    """A new file in place of what was there, to write bytes to; no link is followed."""
-    path.unlink(missing_ok=True)
-    return path.open("xb")
-
-
-def in_place(path, flags):
-    """An opener for files that stay: it follows no link and waits for no pipe."""
-    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)   # not on Windows
-    return os.open(path, flags | careful, 0o666)
-
-
-def require_regular(path):
-    """Refuse a pipe or a device, which would keep its reader waiting; it may be absent."""
-    path = Path(path)
-    require(path.is_file() or not path.exists(), f"{path} is no regular file; remove it")
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def as_bytes(content, suffix: str):
-    """What a .json, .csv, .png or .pt file of this content holds."""
+    """What a .json, .csv, .png, .npz or .pt file of this content holds."""
     if suffix == ".json":
         return json.dumps(content, indent=1, allow_nan=False).encode()
     if suffix == ".csv":                # a list of lines, each a list of cells
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(content)
-        return text.getvalue().encode(errors="backslashreplace")
+        csv.writer(text).writerows(content)     # which end in CR LF: so a lone CR is quoted
+        return text.getvalue().encode()
     buffer = io.BytesIO()
     if suffix == ".png":
         content.savefig(buffer, format="png")
+    elif suffix == ".npz":
+        np.savez(buffer, **content)
     else:
         torch.save(content, buffer)
     return buffer.getbuffer()
 
 
-def read_table(file: Path, columns: list) -> list:
-    """A dict a line of a table with these columns, whatever program has saved it."""
+def columns(first: list, classes: list) -> list:
+    """Names of the columns of a table, in which a class may be called like one of the first."""
+    return [*first, *(f"class {name}" if name in first else name for name in classes)]
+
+
+def read_table(file: Path, wanted: list) -> list:
+    """A dict a line of a table that has these columns; their cells in NFC, without blanks."""
     try:
-        require_regular(file)
         text = file.read_text("utf-8-sig")
         mark = max(",;\t", key=text.partition("\n")[0].count)  # some spreadsheets write ";"
         lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
-        for line in lines:
-            for column in columns:
-                line[column] = line[column].strip()
-    except KeyError as missing:
-        raise Mistake(f"{file} has no column {missing}; wanted {' and '.join(columns)}, as "
-                      "latent.py --review writes them") from None
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
-        raise Mistake(f"{file} cannot be read as a table ({error}); wanted lines of "
-                      f"{','.join(columns)}, as latent.py --review writes them") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise Mistake(f"{file} is no table in UTF-8; save it as CSV UTF-8") from None
+    for line in lines:
+        for column in wanted:
+            require(column in line, f"{file} has no column {column}; wanted "
+                    f"{' and '.join(wanted)}, as latent.py --review writes them")
+            line[column] = readable(line[column] or "").strip()
     return lines
 
 
 def fingerprint(source: Path | bytes) -> str:
     """16 hexadecimal digits that tell one file, or one content, from another."""
     if isinstance(source, Path):
-        require_regular(source)
         source = source.read_bytes()
     return hashlib.sha256(source).hexdigest()[:16]
 
 
 def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **content):
-    """Write path (its stem is its kind) and, before it, its facts as .json beside it."""
-    facts = {"kind": path.stem, "format": FORMAT, "settings": run.settings, "metrics": metrics,
-             "dataset": data.facts(),
+    """Write path (its stem is its kind) and its facts as .json; the work is no longer unfinished."""
+    facts = {"kind": path.stem, "format": FORMAT, "settings": run.settings,
+             "changed": run.changed, "metrics": metrics, "dataset": data.facts(),
              "made_from": {source.stem: fingerprint(source) for source in made_from},
-             "versions": {"torch": str(torch.__version__), "numpy": str(np.__version__)}}
-    write(path.with_suffix(".json"), facts)
-    write(path, {**facts, **content})
+             "versions": versions()}
+    write_all({path.with_suffix(".json"): facts, path: {**facts, **content}})
+    path.with_suffix(".last.pt").unlink(missing_ok=True)
+
+
+def versions() -> dict:
+    """Of the libraries that a result depends on."""
+    return {"torch": str(torch.__version__), "numpy": str(np.__version__)}
 
 
 def read(path: Path, device="cpu") -> dict:
     """A .pt file of plain tensors; raises where a bit has changed, which torch overlooks."""
-    require_regular(path)
     with zipfile.ZipFile(path) as file:
         require(not file.testzip(), f"{path} is damaged")
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def load(run: Run, kind: str, device="cpu", restore=None, like=None) -> dict:
-    """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the remedy.
-
-    `restore` has to succeed with the content; `like` is a loaded file of the same sizes.
-    """
+def load(run: Run, kind: str, device="cpu") -> dict:
+    """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the remedy."""
     path = run.out / f"{kind}.pt"
-    remedy = f"make it with: {command_for(run, path.name)}"
+    remedy = f"make it with: {command_for(run, kind)}"
     require(path.exists(), f"{path} not found; {remedy}")
     try:
         saved = read(path, device)
-        stated = saved["kind"]
-        version = int(saved["format"])
-        sources = saved["made_from"].items()
+        stated = saved["kind"], saved["format"]
     except Exception:                   # zip, pickle and torch each have their own errors
         raise Mistake(f"{path} is damaged; {remedy}") from None
-    require(stated == kind and version <= FORMAT,
-            f"{path} is a {stated} file of format {version}; wanted {kind}, {FORMAT}; "
-            + remedy)
-    for stem, mark in sources:
+    require(stated == (kind, FORMAT), f"{path} is a {stated[0]} file of format {stated[1]}; "
+            f"wanted {kind}, {FORMAT}; {remedy}")
+    for stem, mark in saved["made_from"].items():
         source = run.out / f"{stem}.pt"
         require(not source.exists() or fingerprint(source) == mark,
                 f"{path} was made from another {stem}.pt; {remedy}")
-    try:
-        saved["sizes"] = check_content(saved, like["sizes"] if like else {})
-        if restore:
-            restore(saved)
-    except Exception:                   # whatever a missing or a strange part leads to
-        raise Mistake(f"{path} is damaged; {remedy}") from None
-    return saved
-
-
-# What a file must hold: place, type, lowest and highest number, and the names of its sizes.
-FINITE = "float32 -1e38 1e38"
-SHARES = "float32 0 1"                  # they sum to one
-POSITIVE = "float32 1e-30 1e38"
-CONTENT = {
-    "dataset": ["dataset/image_size int64 1 1000"],
-    "ground": ["dataset/ground int64 0 256 grounds", "dataset/white int64 1 65535"],
-    "light": ["dataset/light float32 0.0 1.0"],         # of older files
-    "vae": ["rows int64 0 last_row N", "config/channels int64 C C", "config/height int64 H H",
-            "config/width int64 W W", f"model/decoder.0.weight {FINITE} units D",
-            f"deformations/directions {FINITE} coefficients R",
-            "deformations/height int64 H H", "deformations/width int64 W W",
-            "deformations/strength float32 0.0 1.0", "deformations/mirror bool 0 1"],
-    "latent": [f"mu {FINITE} N D", f"logvar {FINITE} N D", "labels int64 -1 last_class N",
-               "given bool 0 1 N"],
-    "hybrids": ["images uint8 0 255 M C H W", f"q {SHARES} M K",
-                "flows float16 -200 200 F H W xy"],
-    "cnn": ["config/channels int64 C C", "config/classes int64 K K"]}
-for place in ("teaching", "calibrated/aggregate"):
-    CONTENT["latent"] += [
-        f"{place}/mu {FINITE} {place} D", f"{place}/variance {POSITIVE} {place} D",
-        f"{place}/counts int64 0 {place} K", f"{place}/prior {SHARES} K",
-        f"{place}/temperature {POSITIVE}", f"{place}/log_floor float32 -inf 1e38",
-        f"{place}/image_floor float32 -inf 1e38"]
-
-
-def check_content(saved: dict, sizes: dict) -> dict:
-    """Raise where a file does not hold what it must -> its sizes by name, with those given."""
     facts = saved["dataset"]
-    channels, height, width = facts["shape"]
-    classes = len(facts["classes"])
-    sizes = {"C": channels, "H": height, "W": width, "K": classes, "last_class": classes - 1,
-             "coefficients": 56, "xy": 2,                       # of a flow
-             "last_row": facts["images"] + facts.get("unlabelled", 0) - 1, **sizes}
-    words = [facts["spec"], facts["data_dir"], facts["fingerprint"],
-             facts.get("labels_from") or ""]
-    require(all(isinstance(word, str) for word in words), "words")
-    require(isinstance(facts.get("labels") or 1, int), "labels")
-    form(saved.get("model", {}))
-    ground = "ground" if "ground" in facts else "light"
-    for part in CONTENT["dataset"] + CONTENT[ground] + CONTENT[saved["kind"]]:
-        place, dtype, low, high, *names = part.split()
-        if place == "given" and place not in saved:     # older files: all are
-            continue
-        x = saved
-        for key in place.split("/"):
-            x = x[key]
-        x = torch.as_tensor(x)
-        for name, size in zip(names, x.shape, strict=True):
-            require(sizes.setdefault(name, size) == size, place)
-        low = float(sizes.get(low, low))
-        high = float(sizes.get(high, high))
-        require(str(x.dtype) == f"torch.{dtype}" and low <= x.min() <= x.max() <= high + 1e-3,
-                place)
-        if SHARES in part:
-            require((x.sum(-1) - 1).abs().max() < 1e-3, place)
-        if place.endswith("counts"):
-            require(x.sum() == high, place)
-    return sizes
-
-
-def form(content):
-    """Shapes and types in nested dicts of tensors; raises where a number is not finite."""
-    if isinstance(content, dict):
-        return {key: form(value) for key, value in content.items()}
-    if not torch.is_tensor(content):
-        return type(content)
-    require(content.isfinite().all(), "not finite")
-    return content.shape, content.dtype
-
-
-def command_for(run: Run, name: str) -> str:
-    """The whole command that makes OUT/name."""
-    if name != "vae.pt" and (run.out / "vae.pt").exists():      # make might train another VAE
-        return shlex.join(["python", f"{Path(name).stem}.py", "-o", str(run.out)])
-    return make_command(run, run.labels_from, run.out / name)
-
-
-def make_all(run: Run, labels_from: Path) -> str:
-    """The whole command that does all again with the labels of a table."""
-    return make_command(run, labels_from, "all")
-
-
-def make_command(run: Run, labels_from, target) -> str:
-    """make, the variables that say which images, and what to make of them."""
-    spec = run.dataset or (run.out.name if run.out.name in TORCHVISION else "glyphs")
-    words = ["make"]
-    if spec != "glyphs":
-        words.append(f"DATASET={spec}")
-    if run.data_dir not in (None, "data"):
-        words.append(f"DATA={run.data_dir}")
-    if run.out != Path("runs", Path(spec).stem):
-        words.append(f"OUT={run.out}")
-    if run.labels:
-        words.append(f"LABELS={run.labels}")
-    if labels_from:
-        words.append(f"LABELS_FROM={labels_from}")
-    return shlex.join([*words, str(target)])
+    require(facts["fingerprint"] == run.record.get("fingerprint", facts["fingerprint"]),
+            f"{path} was made from other images or labels; {remedy}")
+    for key in ("images", "seed") if run.one_subset else ():
+        require(facts["which"][key] == run.which[key], f"{path} was made with --{key} "
+                f"{facts['which'][key]}, not {run.which[key]}; {remedy}")
+    return saved
 
 
 # ---- scores ---------------------------------------------------------------------------------
@@ -1364,18 +1406,10 @@ def ranking(q, classes) -> str:
     return "\n".join(f"{100 * q[c]:5.1f}%  {classes[c]}" for c in q.argsort(descending=True))
 
 
-# ---- training: progress, unfinished work, ranks ---------------------------------------------
-
-# What the five steps take of the time of `make all`; the last one counts subsets.
-CHAIN = {"vae": 0.18, "latent": 0.12, "hybrids": 0.09, "cnn": 0.08, "subsets": 0.53}
-
+# ---- progress and unfinished work -----------------------------------------------------------
 
 class Progress:
-    """What is done, and the time left: one rewriting line on a terminal, else plain lines.
-
-    Under `make all`, which sets IN_CHAIN, also which of its steps this is, and when all of
-    them will be done.
-    """
+    """What is done, and the time left: one rewriting line on a terminal, else plain lines."""
 
     def __init__(self, total, what, quiet=False, done=0, log: Path | None = None):
         self.total = total
@@ -1383,21 +1417,15 @@ class Progress:
         self.quiet = quiet
         self.log = log
         self.first = done
-        self.place = ""
-        self.later = 0.0                # what later steps take, in parts of this one
-        if "IN_CHAIN" in os.environ and what in CHAIN:
-            step = list(CHAIN).index(what)
-            self.place = f"step {step + 1} of 5: "
-            self.later = sum(list(CHAIN.values())[step + 1:]) / CHAIN[what]
         self.start = time.monotonic()
         if log and not done:
-            open(log, "w", opener=in_place).close()
+            log.write_text("")
 
     def __call__(self, done, words="", **row):
         if not self.quiet:
             self.show(done, words)
         if self.log:                    # rates and times, which differ from run to run
-            with open(self.log, "a", opener=in_place) as file:
+            with self.log.open("a") as file:
                 file.write(json.dumps({"step": done, **row}) + "\n")
 
     def show(self, done, words):
@@ -1406,12 +1434,8 @@ class Progress:
         when = f"in {clock(spent)}"
         if not finished:
             each = spent / max(done - self.first, 1)
-            left = each * (self.total - done)
-            when = f"{clock(left)} left"
-            later = self.later * each * self.total
-            if later:
-                when += f", {clock(left + later)} for all steps"
-        line = f"{self.place}{self.what} {done:,}/{self.total:,}  {words}  {when}"
+            when = f"{clock(each * (self.total - done))} left"
+        line = f"{self.what} {done:,}/{self.total:,}  {words}  {when}"
         end = "\n"
         if sys.stderr.isatty():
             line = "\r\x1b[K" + line
@@ -1436,74 +1460,54 @@ def clock(seconds: float) -> str:
 class Checkpoint:
     """OUT/<name>.last.pt: unfinished training, written after every round, read by --resume.
 
-    `state` and `history` are those of the last round, or None and []; work of other settings
-    or other `facts`, or that does not fit `model`, is as good as none.
+    `state` and `history` are those of the last round, or None and []. What is not taken up is
+    renamed, never overwritten; `save` removes the file when the work is done.
     """
 
-    def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, model,
-                 **facts):
-        script = Path(__file__).with_name(f"{name}.py")
+    def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
         self.path = run.out / f"{name}.last.pt"
-        self.facts = {**facts, "amp": run.amp, "device": run.device.type,
-                      "settings": run.settings, "dataset": data.facts(), "ranks": RANKS,
-                      "code": fingerprint(script)}
+        self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
+                      "device": run.device.type, "data": data.fingerprint,
+                      "code": fingerprint(Path(__file__).with_name(f"{name}.py"))}
+        for key in ("dataset", "data_dir", "labels_from"):      # known by content
+            self.facts.pop(key)
         self.state = None
         self.history = []
-        if resume and self.path.exists():
-            self.restore(model, run.device)
-        done = self.state["step"] if self.state else 0
+        if RANK == 0 and self.path.exists():
+            self.take_up(resume)
+        done = self.history[-1]["step"] if self.history else 0
         self.progress = Progress(steps, name, run.quiet, done, run.out / f"{name}.log.jsonl")
 
-    def restore(self, model, device):
-        """Take up the work in the file, if it fits."""
-        generator = torch.Generator(device)
-        moments = {}                    # Adam's, of each parameter
-        for k, weight in enumerate(model.parameters()):
-            moments[k] = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
-        example = {"step": 0, "model": model.state_dict(), "optimiser": moments,
-                   "generator": generator.get_state()}
+    def take_up(self, resume: bool):
+        """Go on from the file, if it fits; else keep it under another name."""
         try:
             saved = read(self.path)
-            state = saved["state"]
-            generator.set_state(state["generator"])     # raises where it is of another kind
-            fits = (RANKS == 1 and all(saved[key] == self.facts[key] for key in self.facts)
-                    and form(state) == form(example)
-                    and state["step"] == saved["history"][-1]["step"])
+            before = saved["facts"]
+            differing = [f"{key} {before.get(key)}, now {value}"
+                         for key, value in self.facts.items() if before.get(key) != value]
         except Exception:               # zip, pickle and torch each have their own errors
-            fits = False
-        if fits:
-            self.state = state
+            differing = ["damaged"]
+        if RANKS > 1:                   # it has the random numbers of one rank only
+            differing.append(f"{RANKS} ranks")
+        if resume and not differing:
+            self.state = saved["state"]
             self.history = saved["history"]
-        elif RANK == 0:
-            print(f"{self.path} does not fit these settings; starting afresh", file=sys.stderr)
+            return
+        for k in itertools.count(1):
+            other = self.path.with_suffix(f".{k}.pt")
+            if not other.exists():
+                break
+        self.path.rename(other)
+        why = f"does not fit ({'; '.join(differing)})" if resume else "is not resumed"
+        print(f"{self.path} {why}; kept as {other.name}, starting afresh", file=sys.stderr)
 
     def keep(self, row: dict, words: str):
-        """Report a row of `fit`, add it to the history, write all of it down."""
+        """Report a row of training, add it to the history, write all of it down."""
         rate = row.pop("images_per_second")             # it differs from run to run
         self.state = row.pop("state")
         self.progress(row["step"], f"{words}  {rate:,.0f} images/s", images_per_second=rate)
         self.history.append(row)
-        write(self.path, {**self.facts, "state": self.state, "history": self.history})
-
-
-def drop_checkpoint(run: Run, name: str):
-    """Remove <name>.last.pt as the next step begins, unless it is of work after <name>.pt."""
-    last = run.out / f"{name}.last.pt"
-    stem = run.out / f"{name}.pt"
-    if last.exists() and stem.exists() and last.stat().st_mtime <= stem.stat().st_mtime:
-        last.unlink()
-
-
-def distribute(model, run: Run, batch_size: int):
-    """-> a model that averages gradients over ranks, this rank's batch size and generator."""
-    require(batch_size % RANKS == 0, f"--batch-size is no multiple of the {RANKS} ranks")
-    if RANKS > 1:
-        here = whole_number("LOCAL_WORLD_SIZE", 1)
-        card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
-        torch.distributed.init_process_group("nccl" if card_each else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    generator = torch.Generator(run.device).manual_seed(run.seed + 10**6 * RANK)
-    return model, batch_size // RANKS, generator
+        write(self.path, {"facts": self.facts, "state": self.state, "history": self.history})
 
 
 # ---- figures --------------------------------------------------------------------------------
@@ -1521,7 +1525,7 @@ def figure(width=10.0, height=5.0):
 
 
 def legible(names: list) -> list:
-    """Names as figures can show them: what the font lacks is escaped, "$" is no formula."""
+    """Names as figures can show them: short, what the font lacks escaped, "$" no formula."""
     from matplotlib import font_manager as fonts
     bold = fonts.findfont(fonts.FontProperties(weight="bold"))  # it lacks more than the plain
     known = fonts.get_font(bold).get_charmap()
@@ -1531,7 +1535,8 @@ def legible(names: list) -> list:
             return r"\$"
         return letter if ord(letter) in known else ascii(letter)[1:-1]
 
-    return ["".join(map(shown, name)) for name in names]
+    short = [name if len(name) <= 20 else name[:19] + "…" for name in names]
+    return ["".join(map(shown, name)) for name in short]
 
 
 def tidy(axes, title, x=None, y=None):

@@ -4,7 +4,9 @@
     python compare.py -o runs/mnist --sizes 100 1000 --seeds 10 --arms real mixup real+hybrid
 
 Every arm of one size and subset has the same images, initial weights and number of steps; the
-VAE sees no others, unless told to. The last step's score counts; none is picked.
+VAE sees no others, unless told to. The last step's score counts; none is picked. A cell makes
+what the scripts make, by the same calls: real+hybrid with 100 images of subset 3 is the
+network that `--images 100 --seed 3` leaves in cnn.pt.
 
 Reads:  a data set (that of vae.pt, if --dataset is not given); latent.pt, hybrids.pt to show.
 Writes: compare.json compare.csv compare.png, summary.png; cells/, from which a grid goes on.
@@ -17,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 import cnn
 import common
+import deform
 import hybrids
 import latent
 import vae
@@ -38,14 +40,14 @@ import vae
 
 class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
-    strategy: str = ""
-    label: str = "product"
+    strategy: str = ""                  # of hybrids.sample
+    rule: str = "product"               # of hybrids.label
     share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
     mix: str = ""                       # halves, mixup, cutmix or both
-    change: str = ""                    # of all images of a batch: augment, elastic, deform
-    deform: bool = True                 # hybrids move, and then real images
-    morph: bool = True                  # and their sources are brought into register
+    augmentation: str = ""              # of all images of a batch: augment, elastic, deform
+    moves: bool = True                  # hybrids move, and then real images
+    register: bool = True               # and their sources are brought into register
     cut: bool | None = None             # hybrids cut, not mixed; None: those of colour
 
 
@@ -53,108 +55,44 @@ ARMS = {                                # the first ten have a colour of their o
     "real": Arm(),
     "mixup": Arm(mix="halves"),
     "real+hybrid": Arm("between"),
-    "augment": Arm(change="augment"),
-    "deform": Arm(change="deform"),
-    "elastic": Arm(change="elastic"),
-    "deform+mixup": Arm(mix="mixup", change="deform"),
-    "undeformed hybrid": Arm("between", deform=False),
+    "augment": Arm(augmentation="augment"),
+    "deform": Arm(augmentation="deform"),
+    "elastic": Arm(augmentation="elastic"),
+    "deform+mixup": Arm(mix="mixup", augmentation="deform"),
+    "undeformed hybrid": Arm("between", moves=False),
     "mixup+cutmix": Arm(mix="both"),
-    "augment+hybrid": Arm("between", change="augment", deform=False, cut=False),
-    "augment+mixup": Arm(mix="mixup", change="augment"),
+    "augment+hybrid": Arm("between", augmentation="augment", moves=False, cut=False),
+    "augment+mixup": Arm(mix="mixup", augmentation="augment"),
     "cutmix": Arm(mix="cutmix"),
+    "deform+cutmix": Arm(mix="cutmix", augmentation="deform"),
     # The controls: where is a gain from?
     "hybrid only": Arm("between", share=(1.0, 1.0)),
-    "prior hybrid": Arm("prior", "density", deform=False),      # the idea as first stated
-    "cross-faded hybrid": Arm("between", morph=False),
+    "prior hybrid": Arm("prior", "density", moves=False),       # the idea as first stated
+    "cross-faded hybrid": Arm("between", register=False),
     "deformed images": Arm("images"),   # hybrids of one image each
     "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
     "no residual": Arm("between", residual=False),
-    "reconstructions": Arm("around", "weight", residual=False, deform=False),
+    "reconstructions": Arm("around", "weight", residual=False, moves=False),
     # With --unlabelled, images under the labels that were spread to them.
-    "pseudo-labels": Arm("images", deform=False),
-    "augment+pseudo": Arm("images", change="augment", deform=False),
+    "pseudo-labels": Arm("images", moves=False),
+    "augment+pseudo": Arm("images", augmentation="augment", moves=False),
     "latent posterior": Arm("posterior"),               # no CNN at all
 }
-STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # of the CNN, up to so many real images
-BATCH = 64
-POOL = 50_000                           # most hybrids of a cell
-CODES = 20_000                          # most codes that a density is made of
-# What a row says of a classifier, and the highest value that each can have.
-SCORES = {"accuracy": 1, "balanced_accuracy": 1, "nll": 28, "brier": 2.01, "ece": 1.01,
-          "temperature": 16, "scaled_nll": 28, "scaled_ece": 1.01, "noise": 1, "blur": 1,
-          "shift": 1}
+SIZES = [100, 300]
 # What a folder may hold when all steps have run, in their order.
-PICTURES = ("vae.png latent.png review.png hybrids.png cnn.png compare.png "
+PICTURES = ("deform.png vae.png latent.png review.png hybrids.png cnn.png compare.png "
             "summary.png").split()
-AVERAGED = ("nll", "ece", "scaled_nll", "scaled_ece", "noise", "blur", "shift")
+AVERAGED = ("balanced_accuracy", "nll", "ece", "scaled_nll", "scaled_ece", "noise")
+# Of Student's t, 97.5%, by degrees of freedom from 1 on.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+               2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
-# ---- training one cell ----------------------------------------------------------------------
+# ---- one cell -------------------------------------------------------------------------------
 
 def generator_for(images, seed):
     return torch.Generator(images.device).manual_seed(seed)
-
-
-def train_vae(images, seed, recipe):
-    """A VAE of uint8 images (n,C,H,W), and nothing else."""
-    torch.manual_seed(seed)
-    model = vae.VAE(*images.shape[1:], latent_dim=recipe["latent_dim"]).to(images.device)
-    for _ in vae.fit(model, vae.batches(images, BATCH), steps=recipe["vae_steps"], rounds=1,
-                     amp=recipe["amp"], generator=generator_for(images, seed)):
-        pass
-    return model.eval()
-
-
-class Source(NamedTuple):
-    """What the hybrids of a unit are made of."""
-    images: torch.Tensor                # uint8 (N,C,H,W)
-    codes: latent.Codes                 # of these images
-    model: vae.VAE
-    amp: bool
-
-    def classify(self, images):
-        """Logits (M,K) of uint8 images by the latent posterior alone."""
-        codes = vae.encode_all(self.model, images, self.amp)
-        return self.codes.posterior(*codes).clamp(min=1e-9).log()
-
-    def beyond(self, n, classes):
-        """The images after the first n, and their labels one-hot; None if there are none."""
-        if len(self.images) == n:
-            return None
-        return self.images[n:], F.one_hot(self.codes.y[n:], classes).float()
-
-    def pool(self, arm, count, deform, seed):
-        """Hybrids of an arm: uint8 (count,C,H,W) and their probabilities (count,K)."""
-        colour = self.images.shape[1] == 3              # its hybrids are cut
-        morph, lines = hybrids.registration(vae.Morph, deform if arm.morph else None, colour)
-        generator = generator_for(self.codes.mu, seed)
-        if arm.strategy == "images":
-            points = hybrids.sample("around", count, self.codes, generator)
-            points = hybrids.line(self.codes.mu, points.i, points.i, points.t)
-        else:
-            points = hybrids.sample(arm.strategy, count, self.codes, generator, lines=lines)
-        decode = functools.partial(vae.decode_all, self.model, amp=self.amp)
-        return hybrids.make(points, self.codes, self.images, decode, rule=arm.label,
-                            residual=arm.residual, cut=arm.cut, morph=morph, deform=deform,
-                            generator=generator)
-
-
-def source_of_all(images, y, classes, recipe, model, unlabelled, deform) -> Source:
-    """Codes of n images and of unlabelled ones, which get their labels from the n."""
-    images = torch.cat([images, unlabelled])
-    mu, _ = vae.encode_all(model, images, recipe["amp"])
-    distances = functools.partial(deform.distances, images)
-    labels = latent.spread_labels(mu, y, classes, distances, deform.strength)
-    known = labels >= 0                 # without a label an image is of no use
-    return source_of(images[known], labels[known], classes, model, recipe["amp"])
-
-
-def source_of(images, y, classes, model, amp) -> Source:
-    mu, logvar = vae.encode_all(model, images, amp)
-    some = latent.subsample(len(mu), CODES).to(mu.device)
-    posterior = latent.teach(mu[some], logvar[some], y[some], classes)
-    return Source(images, latent.Codes(mu, logvar, y, posterior), model, amp)
 
 
 def mixing(name):
@@ -180,51 +118,121 @@ def in_turn(*transforms):
     return transform
 
 
-def changes(name, deform):
-    """Transforms of all images of a batch, by the name that an arm has for them."""
-    if name == "augment":
-        return [cnn.augment]
-    if name == "elastic":
-        return [cnn.elastic]
-    if name == "deform":
-        return [deform]
-    return []
+class Unit:
+    """One subset of one size: its images, its judges, what its hybrids are made of."""
 
+    def __init__(self, grid, n: int, seed: int):
+        data = grid.data
+        self.n = n
+        self.seed = seed
+        self.classes = len(data.classes)
+        self.recipe = grid.recipes[n]
+        kept = common.subset(data, n, seed)
+        self.rows = kept                # the VAE sees these
+        self.y = data.labels[kept]
+        if self.recipe["unlabelled"]:   # all of them; n keep their label
+            self.rows = data.pool
+            self.y = data.labels[data.pool].where(torch.isin(data.pool, kept), -1)
+        self.images = data.images[self.rows]
+        self.labelled = self.images[self.y >= 0]
+        self.labels = self.y[self.y >= 0]
+        # Temperatures are fitted on some validation images; the others may be the judges.
+        validation = data.validation
+        count = min(1000, (len(validation) + 1) // 2)
+        some = validation[latent.subsample(len(validation), count).to(validation.device)]
+        self.fitting = (data.images[some], data.labels[some])
+        self.scored = (data.test_images, data.test_labels)
+        if self.recipe["score"] == "validation":
+            others = validation[~torch.isin(validation, some)]
+            self.scored = (data.images[others], data.labels[others])
 
-def train_cnn(arm, images, y, classes, made, spread, deform, seed, recipe):
-    """The CNN of one arm on n real images, on hybrids `made` and on images under labels that
-    were `spread` to them: images and probabilities, or None.
-    """
-    generator = generator_for(images, seed)
-    real = (images, F.one_hot(y, classes).float())
-    move = None
-    if arm.strategy and deform and deform.moves():
-        move = cnn.moving(deform.repertoire(hybrids.FLOWS, generator))
-    next_batch = cnn.batches(real, BATCH, made, mixing(arm.mix), arm.share,
-                             changes(arm.change, deform), move, spread)
-    torch.manual_seed(seed)             # the same initial weights for every arm
-    model = cnn.CNN(images.shape[1], classes, recipe["width"], max(images.shape[2:]))
-    model = model.to(images.device)
-    for _ in cnn.fit(model, next_batch, steps=recipe["steps"], rounds=1, amp=recipe["amp"],
-                     weight_decay=recipe["weight_decay"], generator=generator):
-        pass
-    return model
+    # The arms share what these make; each is made when it is first asked for.
 
+    @functools.cached_property
+    def moves(self):
+        """How the labelled images move."""
+        generator = generator_for(self.images, self.seed)
+        return deform.Deformations.fit(self.labelled, self.labels, generator)
 
-def corrupt(images, seed=0):
-    """Named harder copies of uint8 images: noise of 0.15, a 3x3 blur, a shift by 2 pixels."""
-    x = images.float() / 255
-    noise = torch.randn(x.shape, device=x.device, generator=generator_for(images, seed))
-    copies = {"noise": x + 0.15 * noise,
-              "blur": F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1),
-              "shift": F.pad(x, (2, 0, 2, 0), mode="replicate")[..., :-2, :-2]}
-    for name, copy in copies.items():
-        copies[name] = (copy.clamp(0, 1) * 255).round().byte()
-    return copies
+    @functools.cached_property
+    def model(self):
+        """The VAE."""
+        model, training = vae.train(self.images, self.seed, amp=self.recipe["amp"], rounds=1,
+                                    latent_dim=self.recipe["latent_dim"],
+                                    steps=self.recipe["vae_steps"])
+        for _ in training:
+            pass
+        return model
+
+    @functools.cached_property
+    def codes(self):
+        """The codes of the images, with a label if one is given or was spread."""
+        mu, logvar = self.encode(self.images)
+        moves = None if (self.y >= 0).all() else self.moves
+        return latent.embed(mu, logvar, self.rows, self.y, self.classes, self.images, moves)
+
+    def encode(self, images):
+        return vae.encode_all(self.model, images, self.recipe["amp"])
+
+    def decode(self, z):
+        return vae.decode_all(self.model, z, self.recipe["amp"])
+
+    def posterior_logits(self, images):
+        """Logits (M,K) of uint8 images by the latent posterior alone."""
+        return self.codes.posterior(*self.encode(images)).clamp(min=1e-9).log()
+
+    def row(self, name: str) -> dict:
+        """Train an arm and score it."""
+        arm = ARMS[name]
+        sources = self.n
+        if arm.strategy:
+            sources = len(self.codes.known().y)         # with those that got a label
+        if arm.strategy == "posterior":
+            logits_of = self.posterior_logits
+        else:
+            model = self.train(arm)
+            logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
+        return {"n": self.n, "seed": self.seed, "arm": name, "sources": sources,
+                **evaluate(logits_of, *self.scored, *self.fitting)}
+
+    def train(self, arm: Arm):
+        """The CNN of an arm."""
+        given = self.with_hybrids(arm) if arm.strategy else {}
+        augmentations = []
+        if arm.augmentation == "deform":
+            augmentations = [self.moves]
+        elif arm.augmentation:
+            augmentations = [getattr(cnn, arm.augmentation)]
+        model, training = cnn.train(
+            self.labelled, F.one_hot(self.labels, self.classes).float(), self.seed, **given,
+            mix=mixing(arm.mix), share=arm.share, augmentations=augmentations, rounds=1,
+            amp=self.recipe["amp"], width=self.recipe["width"], steps=self.recipe["steps"],
+            weight_decay=self.recipe["weight_decay"])
+        for _ in training:
+            pass
+        return model
+
+    def with_hybrids(self, arm: Arm) -> dict:
+        """What `cnn.train` is given besides labelled images."""
+        known = self.codes.known()
+        moves = self.moves if arm.moves else None
+        places = (self.codes.y >= 0).nonzero()[:, 0]
+        made = hybrids.make(known, self.images[places], self.decode, strategy=arm.strategy,
+                            rule=arm.rule, residual=arm.residual, cut=arm.cut, moves=moves,
+                            register=arm.register,
+                            generator=generator_for(self.images, self.seed))
+        given = {"made": (made.x, made.q)}
+        if moves:
+            given["move"] = moves.gently
+        guessed = (self.codes.y >= 0) & ~self.codes.given
+        if guessed.any():
+            q = F.one_hot(self.codes.y[guessed], self.classes).float()
+            given["pseudo_labelled"] = (self.images[guessed], q)
+        return given
 
 
 def evaluate(logits_of, images, y, validation, validation_y) -> dict:
-    """Scores on images: plain, after one temperature fitted on others, and made harder."""
+    """Scores on images: plain, after one temperature fitted on others, and under noise."""
     logits = logits_of(images)
     validation_logits = logits_of(validation)
 
@@ -233,13 +241,18 @@ def evaluate(logits_of, images, y, validation, validation_y) -> dict:
 
     temperature = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
     scaled = common.scores((logits / temperature).softmax(1), y)
-    result = {**common.scores(logits.softmax(1), y), "temperature": temperature,
-              "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"]}
-    some = latent.subsample(len(y), 2000)
-    for name, harder in corrupt(images[some]).items():
-        right = logits_of(harder).argmax(1) == y[some]
-        result[name] = right.float().mean().item()
-    return result
+    some = latent.subsample(len(y), 2000).to(y.device)
+    right = logits_of(noisy(images[some])).argmax(1) == y[some]
+    return {**common.scores(logits.softmax(1), y), "temperature": temperature,
+            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
+            "noise": right.float().mean().item()}
+
+
+def noisy(images, deviation=0.15):
+    """uint8 images under normal noise of so many parts of white, always the same."""
+    x = images.float() / 255
+    noise = torch.randn(x.shape, device=x.device, generator=generator_for(images, 0))
+    return ((x + deviation * noise).clamp(0, 1) * 255).round().byte()
 
 
 # ---- the grid: units, cells and the processes that work on them -----------------------------
@@ -247,8 +260,6 @@ def evaluate(logits_of, images, y, validation, validation_y) -> dict:
 class Grid(NamedTuple):
     """What is compared: these arms on these subsets, by the recipe of each size."""
     data: common.Dataset
-    pool: torch.Tensor                  # rows that subsets are drawn from
-    validation: torch.Tensor
     arms: list
     seeds: range
     recipes: dict                       # n -> settings that a cell depends on
@@ -258,19 +269,31 @@ class Grid(NamedTuple):
         """Of any size: what sizes have in common."""
         return next(iter(self.recipes.values()))
 
+    def pool(self) -> int:
+        """How many images there are to draw subsets from."""
+        return len(self.data.labelled())
+
     def units(self):
         """The largest first: at the end of a grid no core waits long for another."""
         return list(itertools.product(sorted(self.recipes, reverse=True), self.seeds))
 
+    def mark(self, n, seed, arm) -> str:
+        """By which a cell says what it is of."""
+        settings = json.dumps([n, seed, arm, ARMS[arm], self.recipes[n]], sort_keys=True)
+        return common.fingerprint(settings.encode())
+
     def cell(self, n, seed, arm) -> Path:
-        """The file of a cell; other settings have another name."""
-        settings = json.dumps([ARMS[arm], self.recipes[n]], sort_keys=True)
-        mark = common.fingerprint(settings.encode())
+        """The file of a cell."""
+        mark = self.mark(n, seed, arm)
         return self.folder / f"{n}-{seed}-{arm.replace(' ', '_')}-{mark}.json"
 
     def finished(self, n, seed, arm):
-        """The row of a cell, or None."""
-        return read_cell(self.cell(n, seed, arm), n, seed, arm)
+        """The row of a cell; None where there is none, or it is of other settings."""
+        try:
+            cell = json.loads(self.cell(n, seed, arm).read_text())
+            return cell["row"] if cell["made_from"] == self.mark(n, seed, arm) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def missing(self, unit) -> list:
         """The arms of a unit that have no cell yet."""
@@ -286,104 +309,14 @@ class Grid(NamedTuple):
         return rows
 
 
-def mark_of(row: dict) -> str:
-    """By which a cell knows that its row is as it was written."""
-    return common.fingerprint(json.dumps(row).encode())
-
-
-def read_cell(file: Path, n: int, seed: int, arm: str):
-    """The row of a cell; None where there is none, or it is not what was written."""
-    try:
-        common.require_regular(file)
-        row, mark = json.loads(file.read_text())
-        asked = {"n": n, "seed": seed, "arm": arm, "sources": int(row["sources"])}
-        fits = (mark == mark_of(row) and row == {**row, **asked}
-                and [*row] == [*asked, *SCORES]
-                and all(0 <= row[key] <= SCORES[key] for key in SCORES))
-    except Exception:                   # there are many ways to be no cell
-        return None
-    return row if fits else None
-
-
-def write_cell(file: Path, row: dict):
-    common.write(file, [row, mark_of(row)])
-
-
-class Unit:
-    """One subset of one size: its images, those that score it, its hybrids' sources."""
-
-    def __init__(self, grid: Grid, n: int, seed: int, shared=None):
-        data = grid.data
-        self.seed = seed
-        self.classes = len(data.classes)
-        self.recipe = grid.recipes[n]
-        self.shared = shared            # of all units: the model and images of --unlabelled
-        self.images, self.y = rows_of(data, common.subset(data, grid.pool, n, seed))
-        # Temperatures are fitted on some validation images; the others may be the judges.
-        count = min(1000, (len(grid.validation) + 1) // 2)
-        some = grid.validation[latent.subsample(len(grid.validation), count)]
-        self.fitting = rows_of(data, some)
-        self.scored = (data.test_images, data.test_labels)
-        if self.recipe["score"] == "validation":
-            self.scored = rows_of(data, grid.validation[~torch.isin(grid.validation, some)])
-
-    @functools.cached_property
-    def deform(self):
-        """The deformations of the n images."""
-        generator = generator_for(self.images, self.seed)
-        return vae.Deformations.fit(self.images, self.y, generator)
-
-    @functools.cached_property
-    def source(self) -> Source:
-        """Made when it is first asked for; the arms share it."""
-        labelled = (self.images, self.y, self.classes)
-        if self.shared:
-            return source_of_all(*labelled, self.recipe, *self.shared, self.deform)
-        model = train_vae(self.images, self.seed, self.recipe)
-        return source_of(*labelled, model, self.recipe["amp"])
-
-    def row(self, name: str) -> dict:
-        """Train an arm and score it."""
-        arm = ARMS[name]
-        sources = len(self.y)
-        if arm.strategy:
-            sources = len(self.source.images)           # with those that got a label
-        if arm.strategy == "posterior":
-            logits_of = self.source.classify
-        else:
-            model = self.train(arm)
-            logits_of = functools.partial(cnn.predict, model, amp=self.recipe["amp"])
-        return {"n": len(self.y), "seed": self.seed, "arm": name, "sources": sources,
-                **evaluate(logits_of, *self.scored, *self.fitting)}
-
-    def train(self, arm: Arm):
-        """The CNN of an arm."""
-        made = None
-        spread = None
-        deform = None                   # fitted where it is needed
-        if arm.change == "deform" or (arm.strategy and arm.deform):
-            deform = self.deform
-        if arm.strategy:
-            count = min(POOL, BATCH * self.recipe["steps"])
-            made = self.source.pool(arm, count, deform, self.seed)
-            spread = self.source.beyond(len(self.y), self.classes)
-        return train_cnn(arm, self.images, self.y, self.classes, made, spread, deform,
-                         self.seed, self.recipe)
-
-
-def rows_of(data, rows):
-    """Images and labels of some rows."""
-    rows = rows.to(data.images.device)
-    return data.images[rows], data.labels[rows]
-
-
-def run_unit(unit, grid: Grid, shared=None):
+def run_unit(unit, grid: Grid):
     """Train and score the missing arms of a unit, a file each -> the unit, its failures."""
-    work = Unit(grid, *unit, shared)
+    work = Unit(grid, *unit)
     failed = []
     for arm in grid.missing(unit):
         try:
-            write_cell(grid.cell(*unit, arm), work.row(arm))
+            cell = {"made_from": grid.mark(*unit, arm), "row": work.row(arm)}
+            common.write(grid.cell(*unit, arm), cell)
         except (ArithmeticError, RuntimeError, ValueError, common.Mistake) as error:
             reason = str(error) or repr(error)          # the other arms, and the grid, go on
             failed.append(f"{arm}: {reason.splitlines()[0]}")
@@ -391,53 +324,47 @@ def run_unit(unit, grid: Grid, shared=None):
 
 
 def start_worker(threads):
-    """A process of the grid: so many threads, and no life after its parent's."""
+    """A process of the grid: so many threads; Ctrl-C is for its parent."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent
-    parent = torch.multiprocessing.parent_process()
-
-    def follow():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, its failures, for all units -> the failures there were."""
-    failed = []
-    pool = None
     if jobs <= 1:
-        results = map(work, units)
-    else:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent
-        pool = ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"),
-                                   start_worker, [threads])
-        futures = [pool.submit(work, unit) for unit in units]
-        signal.signal(signal.SIGINT, before)
-        results = (future.result() for future in as_completed(futures))
-    try:
-        for done, ((n, seed), reason) in enumerate(results, 1):
-            name = f"n={n} subset {seed}"
-            if reason:
-                failed.append(f"{name}: {reason}")
-            progress(done, reason or name)
-    except RuntimeError as error:       # a process killed, or no shared memory
-        raise common.Mistake(f"{error}; run the same command again, with --jobs 1") from None
-    finally:
-        if pool:
-            for process in list(pool._processes.values()):
+        return collect(map(work, units), progress)
+    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"), start_worker,
+                             [threads]) as pool:
+        try:
+            futures = [pool.submit(work, unit) for unit in units]
+            return collect((future.result() for future in as_completed(futures)), progress)
+        except RuntimeError as error:   # a process killed, or no shared memory
+            raise common.Mistake(f"{error}; run the same command again, with --jobs 1"
+                                 ) from None
+        finally:                        # else an interruption would wait for all units
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in torch.multiprocessing.active_children():
                 process.terminate()
+
+
+def collect(results, progress) -> list:
+    """The failures among results (unit, reason), as they come in."""
+    failed = []
+    for done, ((n, seed), reason) in enumerate(results, 1):
+        name = f"n={n} subset {seed}"
+        if reason:
+            failed.append(f"{name}: {reason}")
+        progress(done, reason or name)
     return failed
 
 
 # ---- statistics -----------------------------------------------------------------------------
 
-def t_quantile(df: int, p=0.975) -> float:
-    """Of Student's t: with t = sqrt(df) tan(a), the density of a is cos(a)^(df-1)."""
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
-    mass = np.cumsum(np.maximum(np.cos(angle), 0) ** (df - 1))
-    return math.sqrt(df) * math.tan(np.interp(p * mass[-1], mass, angle))
+def t_quantile(df: int) -> float:
+    """Of Student's t with so many degrees of freedom, 97.5%."""
+    if df <= len(T_QUANTILES):
+        return T_QUANTILES[df - 1]
+    return 1.96 + 2.5 / df              # right to the third digit
 
 
 def interval(values):
@@ -450,36 +377,10 @@ def interval(values):
     return mean, float(half)
 
 
-def sign_flip_p(differences):
-    """Two-sided exact p of a mean difference: all 2^S signs; None but for 6 to 16 pairs."""
-    if not 6 <= len(differences) <= 16:
-        return None
-    signs = list(itertools.product((-1, 1), repeat=len(differences)))
-    sums = np.abs(np.array(signs) @ differences)
-    # Rounding must not take the signs as they are out of the count.
-    least = abs(sum(differences)) - 1e-12
-    return float(np.mean(sums >= least))
-
-
-def holm(ps):
-    """Holm's step-down correction of p values, in their own order.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    corrected = list(ps)                # to be replaced, the smallest first
-    worst = 0.0
-    order = sorted(range(len(ps)), key=ps.__getitem__)
-    for rank, k in enumerate(order):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[k]))
-        corrected[k] = worst
-    return corrected
-
-
 def summarise(rows, pool=math.inf, base="real"):
     """One entry per size and arm: mean, interval, paired difference to `base`, in points.
 
-    Where n is over half of the `pool`, subsets are nearly the same images: no interval, no p.
+    Where n is over half of the `pool`, subsets are nearly the same images: no interval.
     """
     table = []
     baseline = {(row["n"], row["seed"]): row for row in rows if row["arm"] == base}
@@ -488,9 +389,6 @@ def summarise(rows, pool=math.inf, base="real"):
             cells = [row for row in rows if row["n"] == n and row["arm"] == arm]
             if cells:
                 table.append(summary_entry(n, arm, cells, baseline, hollow=2 * n > pool))
-    tested = [entry for entry in table if entry.get("p") is not None]
-    for entry, p in zip(tested, holm([entry["p"] for entry in tested])):
-        entry["p_holm"] = p
     return table
 
 
@@ -508,10 +406,9 @@ def summary_entry(n, arm, cells, baseline, hollow):
         if numbers:
             entry[what], half = interval(numbers)
             entry[f"{what}_half"] = None if hollow else half
-    if gains:
-        entry["p"] = None if hollow else sign_flip_p(gains)
     for key in AVERAGED:
-        entry[key] = float(column(cells, key).mean())
+        if key in cells[0]:             # older results lack some
+            entry[key] = float(column(cells, key).mean())
     return entry
 
 
@@ -548,10 +445,10 @@ def answers(table):
 # ---- command: plan, run the grid, publish ---------------------------------------------------
 
 def parse_args(argv=None):
-    parser = common.flags("compare.py", __doc__)
+    parser = common.flags("compare.py", __doc__, images=False)
     add = parser.add_argument_group("the grid").add_argument
-    add("--sizes", type=common.number(int, 2), nargs="+", default=[100, 300], metavar="N",
-        help="numbers of real training images")
+    add("--sizes", type=common.number(int, 2), nargs="+", metavar="N",
+        help="numbers of real training images; if not given, 100 300, as far as there are")
     add("--seeds", type=common.number(int, 1), default=5,
         help="number of subsets of each size; each is a seed, from --seed on")
     add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
@@ -569,8 +466,9 @@ def parse_args(argv=None):
     add("--weight-decay", type=common.number(float, 0, 10), default=0.05,
         help="weight decay of every CNN")
     add("--vae-steps", type=common.number(int, 1),
-        help="optimiser steps of a VAE; if not given, 600, or 3000 with --unlabelled")
-    add("--latent-dim", type=common.number(int, 1, 512), default=16, help="latent size D")
+        help="optimiser steps of a VAE; if not given, 600 to 3000 by number of images")
+    add("--latent-dim", type=common.number(int, 1, 512),
+        help="latent size D; if not given, that of vae.pt, else 16")
     add("--jobs", type=common.number(int, 1),
         help="number of processes; if not given, one per core; on a GPU at most four, which "
         "share it: give 1 where it serves one process only")
@@ -579,50 +477,30 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def cnn_steps(n: int, channels: int) -> int:
-    """Optimiser steps of a CNN on n real images, twice as many in colour."""
-    steps = 2400
-    for size in reversed(STEPS):
-        if n <= size:
-            steps = STEPS[size]
-    return 2 * steps if channels == 3 else steps
-
-
 def plan(run, args) -> Grid:
     """The data set, the sizes that it has images for, and the settings of each."""
-    upstream = None
-    if not args.dataset and (run.out / "vae.pt").exists():
-        upstream = common.load(run, "vae")
-    data = common.load_dataset(run, upstream)
-    pool, validation = common.split(data)
-    sizes = sorted({n for n in args.sizes if n <= len(pool)})
-    common.require(sizes, f"{min(args.sizes)} images asked for; there are {len(pool)} to "
-                   "train on")
-    if max(args.sizes) > len(pool):
-        print(f"sizes above the {len(pool)} images there are left out", file=sys.stderr)
+    data = common.load_dataset(run)
+    sizes = common.fit_sizes(args.sizes or SIZES, bool(args.sizes), len(data.labelled()))
     common.say_if_few(sizes[0], data)
     unlabelled = args.unlabelled
     if unlabelled is None:
-        unlabelled = len(data.unlabelled) > 0
-    vae_steps = 600
-    if unlabelled:                      # many images take more steps than few do
-        vae_steps = 3000
+        unlabelled = len(data.unlabelled()) > 0
+    known = common.record_of(run.out, "vae").get("settings", {})
     recipes = {}
     for n in sizes:
-        seen = n
-        if unlabelled:
-            seen = max(n, 1000)
+        others = len(data.pool) - n if unlabelled else 0
         recipes[n] = {
-            "format": common.FORMAT, "data": data.facts()["fingerprint"], "amp": run.amp,
-            "score": args.score, "unlabelled": unlabelled, "latent_dim": args.latent_dim,
-            "vae_steps": args.vae_steps or vae_steps, "width": args.width,
-            "weight_decay": args.weight_decay,
-            "steps": args.steps or cnn_steps(seen, data.images.shape[1])}
+            "format": common.FORMAT, "data": data.fingerprint, "amp": run.amp,
+            "score": args.score, "unlabelled": unlabelled, "width": args.width,
+            "weight_decay": args.weight_decay, "threads": args.threads or 1,
+            "latent_dim": args.latent_dim or known.get("latent_dim", 16),
+            "vae_steps": args.vae_steps or vae.steps_for(n + others),
+            "steps": args.steps or cnn.steps_for(n, data.images.shape[1], others)}
     folder = run.out / "cells"
     folder.mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]    # one order, whatever was typed
-    seeds = range(args.seed, args.seed + args.seeds)
-    return Grid(data, pool, validation, arms, seeds, recipes, folder)
+    seeds = range(run.seed, run.seed + args.seeds)
+    return Grid(data, arms, seeds, recipes, folder)
 
 
 def train_missing(run, args, grid: Grid) -> list:
@@ -631,7 +509,6 @@ def train_missing(run, args, grid: Grid) -> list:
     units = grid.units()[common.RANK::common.RANKS]
     units = [unit for unit in units if grid.missing(unit)]
     threads = args.threads or 1
-    torch.set_num_threads(threads)      # everywhere: jobs must not change a result
     jobs = args.jobs
     if jobs is None:
         jobs = max(run.cores // threads, 1)
@@ -639,13 +516,7 @@ def train_missing(run, args, grid: Grid) -> list:
             jobs = min(jobs, 4)
         if run.device.type == "mps":
             jobs = 1
-    shared = None
-    recipe = grid.recipe()
-    if recipe["unlabelled"] and units:
-        images = torch.cat([grid.data.images[grid.pool.to(run.device)], grid.data.unlabelled])
-        model = train_vae(images, 0, recipe)
-        shared = (model, images[latent.subsample(len(images), latent.SPREAD)])
-    work = functools.partial(run_unit, grid=grid, shared=shared)
+    work = functools.partial(run_unit, grid=grid)
     progress = common.Progress(len(units), "subsets", args.quiet)
     return run_grid(units, work, min(jobs, len(units)), threads, progress)
 
@@ -725,8 +596,8 @@ def summary(run, table, rows, grid: Grid):
     """The run on one sheet: map, hybrids, curves; None where the chain has not run."""
     facts = grid.data.facts()
     try:
-        codes = common.load(run, "latent", restore=latent.best_calibrated)
-        made = common.load(run, "hybrids", like=codes)
+        codes = common.load(run, "latent")
+        made = common.load(run, "hybrids")
     except common.Mistake:
         return None
     if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
@@ -739,36 +610,27 @@ def summary(run, table, rows, grid: Grid):
     classes = common.legible(facts["classes"])
     hybrids.gallery(right, made["images"], made["q"], classes, 3, 6)
     curves(*bottom.subplots(1, 2), table, rows, grid)
-    latent.draw_map(left.subplots(), codes["mu"], codes["labels"], classes,
-                    latent.best_calibrated(codes),
-                    torch.Generator().manual_seed(run.seed), given=codes.get("given"))
+    latent.draw_map(left.subplots(), codes["mu"], codes["y"], classes,
+                    latent.restored(codes["percentages"]),
+                    torch.Generator().manual_seed(run.seed), codes["given"])
     return sheet
 
 
-def report(table):
-    """The closing table."""
-    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'NLL':>8}{'ECE':>7}{'gain over real':>16}")
+def report(table, balanced):
+    """The closing table, with balanced accuracy where classes differ in size."""
+    extra = f"{'balanced, %':>14}" if balanced else ""
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{extra}{'NLL':>8}{'ECE':>7}"
+          f"{'gain over real':>16}")
     for entry in table:
         accuracy = plus_minus(entry, "accuracy")
         line = f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}"
+        if balanced:
+            line += f"{100 * entry['balanced_accuracy']:14.1f}"
         line += f"{entry['nll']:8.3f}{entry['ece']:7.3f}"
         if "gain" in entry:
             gain = plus_minus(entry, "gain", "+")
             line += f"{gain:>16}  {verdict(entry['gain'], entry['gain_half'])}"
         print(line)
-
-
-def hybrids_against(rows, pool) -> dict:
-    """The gains of hybrid arms over each arm without them, by the name of that one."""
-    against = {}
-    for base in ARMS:
-        if "hybrid" in base:
-            continue
-        against[base] = []
-        for entry in summarise(rows, pool, base):
-            if "gain" in entry and "hybrid" in entry["arm"]:
-                against[base].append(entry)
-    return against
 
 
 def publish(run, grid: Grid, failed):
@@ -777,7 +639,7 @@ def publish(run, grid: Grid, failed):
     for reason in failed:
         print(f"failed: {reason}", file=sys.stderr)
     common.require(rows, "there is no finished cell")
-    table = summarise(rows, len(grid.pool))
+    table = summarise(rows, grid.pool())
     lines = [row.values() for row in rows]
     common.write(run.out / "compare.csv", [rows[0].keys(), *lines])
     fig = common.figure(13, 5.6)
@@ -791,10 +653,9 @@ def publish(run, grid: Grid, failed):
     common.write(run.out / "compare.json", {
         "kind": "compare", "format": common.FORMAT, "dataset": grid.data.facts(),
         "recipes": grid.recipes, "settings": run.settings, "failed": failed, "summary": table,
-        "rows": rows, "hybrids_against": hybrids_against(rows, len(grid.pool)),
-        "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
+        "rows": rows, "versions": common.versions()})
 
-    report(table)
+    report(table, uneven(grid.data.test_labels))
     print(run.out / "compare.csv", run.out / "compare.json", sep="\n")
     pictures = [name for name in PICTURES if (run.out / name).exists()]
     print(f"pictures in {run.out}:", *pictures)
@@ -802,6 +663,12 @@ def publish(run, grid: Grid, failed):
     if failed:
         os.utime(run.out / "compare.json", (0, 0))      # so old that make begins it again
     common.require(not failed, f"{len(failed)} subsets are incomplete; run it again")
+
+
+def uneven(y) -> bool:
+    """Are the classes of such different sizes that accuracy alone misleads?"""
+    counts = y.unique(return_counts=True)[1]
+    return bool(counts.max() > 1.5 * counts.min())
 
 
 def command(run, args):
@@ -813,7 +680,6 @@ def command(run, args):
                 failed.append(f"n={n} subset {seed}: not finished")
     else:
         failed = train_missing(run, args, grid)
-    common.drop_checkpoint(run, "cnn")
     if common.RANKS > 1:
         amp = "--amp" if run.amp else "--no-amp"
         print(f"rank {common.RANK} has finished; then: python compare.py with the same flags "
@@ -823,6 +689,9 @@ def command(run, args):
 
 
 def main(argv=None) -> int:
+    if torch.multiprocessing.parent_process():
+        raise SystemExit("compare.py: its processes import your script; call main() below "
+                         "`if __name__ == \"__main__\":`")
     return common.run_script(command, parse_args(argv))
 
 

@@ -4,7 +4,7 @@
     python hybrids.py --strategy prior --count 5000    # points from N(0, I): the idea as such
     python hybrids.py --export png                  # PNG files and labels.csv, for other tools
 
-Reads:  vae.pt latent.pt and their data set.
+Reads:  vae.pt latent.pt and their data set; deform.pt, unless --no-deform.
 Writes: hybrids.pt hybrids.json hybrids.png.
 """
 import argparse
@@ -13,31 +13,69 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 # Letters: N codes, M points, D latent size, K classes.  x (M,C,H,W) in [0,1]; q (M,K).
-# `codes` has mu, logvar (N,D), y (N,) and a posterior: z (M,D) -> q (M,K) with a prior (K,).
+# `codes` is latent.Codes or has its mu, logvar (N,D), y (N,) and its posterior: z (M,D) ->
+# q (M,K), with a prior (K,).  `moves` is deform.Deformations, or None: nothing moves.
 
-STRATEGIES = ("between", "around", "prior")
-LABELS = ("product", "density", "weight")
-FLOWS = 1000                            # by which real images move
+STRATEGIES = ("between", "around", "prior", "images")
+RULES = ("product", "density", "weight")
+COUNT = 20_000                          # hybrids, unless told otherwise
 LINES = 2000                            # most pairs that are brought into register
 
 
 class Points(NamedTuple):
     """M latent points; those on lines between codes are z = t mu_i + (1-t) mu_j."""
     z: torch.Tensor                     # (M,D)
-    i: torch.Tensor | None = None      # (M,) rows of the codes; None for points from the prior
+    i: torch.Tensor | None = None       # (M,) places of codes; None for points from the prior
     j: torch.Tensor | None = None
     t: torch.Tensor | None = None       # (M,) in [0,1]
+    decoded: torch.Tensor | None = None         # (M,) bool: by the decoder, or without it
 
-    def take(self, rows):
-        """Some of the points: rows is an index or a slice."""
-        return Points(*(None if part is None else part[rows] for part in self))
+
+class Hybrids(NamedTuple):
+    """What `make` makes."""
+    x: torch.Tensor                     # (M,C,H,W) as the images
+    q: torch.Tensor                     # (M,K)
+    points: Points
+
+
+def make(codes, images, decode, *, strategy="between", count=COUNT, rule="product",
+         residual=True, cut=None, moves=None, register=True, generator=None) -> Hybrids:
+    """Hybrids of images (N,C,H,W), uint8 or float in [0,1], which have the codes.
+
+    See `sample` for strategies, `label` for rules, `render` for `residual` and `cut` (None: of
+    colour images). `decode`: z (M,D) -> images. With `moves` hybrids move as images do and,
+    if they are mixed and `register`, their sources are brought into register first.
+    """
+    if cut is None:
+        cut = images.shape[1] == 3
+    morph = None
+    lines = count
+    if register and not cut and moves is not None and moves.strength > 0:
+        morph = moves.morph
+        lines = LINES                   # each line is registered once, at a cost
+    points = sample(strategy, count, codes, generator, lines=lines)
+    return make_at(points, codes, images, decode, rule=rule, residual=residual, cut=cut,
+                   morph=morph, moves=moves, generator=generator)
+
+
+def make_at(points, codes, images, decode, *, rule="product", residual=True, cut=False,
+            morph=None, moves=None, generator=None, batch=1000) -> Hybrids:
+    """As `make`, of points that are there already."""
+    q = label(rule, points, codes)
+    x = render(points, codes, images, decode, residual, cut, morph, generator, batch)
+    if moves is not None:               # it has the last word: each moves in its own way
+        parts = []
+        for some in x.split(batch):
+            moved, _ = moves(as_float(some), None, generator)
+            parts.append(as_dtype(moved, x.dtype))
+        x = torch.cat(parts)
+    return Hybrids(x, q, points)
 
 
 def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> Points:
@@ -45,43 +83,39 @@ def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> 
 
     prior     z ~ N(0, I)
     around    z ~ q(z|x_i), a code and its own width
+    images    z = mu_i, codes as they are
     between   on lines between two codes, t ~ Beta(alpha, alpha): a part `same` of the lines
-              within one class, the others between two; at most `lines` of them, if given
+              within one class, the others between two; at most `lines` of them, if given;
+              every other point, at random, is decoded
     """
     mu = codes.mu.float()
     size, dim = mu.shape
     source = {"device": mu.device, "generator": generator}      # of random numbers
+    every = torch.ones(count, dtype=torch.bool, device=mu.device)
     if strategy == "prior":
-        return Points(torch.randn(count, dim, **source))
+        return Points(torch.randn(count, dim, **source), decoded=every)
+    if strategy == "images":
+        i = torch.randint(size, (count,), **source)
+        return Points(mu[i], i, i, torch.ones(count, device=mu.device), ~every)
     if strategy == "around":
         i = torch.randint(size, (count,), **source)
         noise = torch.randn(count, dim, **source)
         width = (codes.logvar[i].float() / 2).exp()
         t = torch.ones(count, device=mu.device)
-        return Points(mu[i] + width * noise, i, i, t)
+        return Points(mu[i] + width * noise, i, i, t, every)
     lines = min(lines or count, count)
     i = torch.randint(size, (lines,), **source)
     j = partners(codes.y, i, same, generator)
     t = random_weights(count, alpha, mu.device, generator)
     which = torch.arange(count, device=mu.device) % lines       # each line has several points
-    return line(mu, i[which], j[which], t)
+    decoded = torch.rand(count, **source) < 0.5
+    return interpolate(mu, i[which], j[which], t, decoded)
 
 
-def registration(morph, deform, cut):
-    """What brings sources into register, for `render`, and the most lines, for `sample`.
-
-    `morph` is vae.Morph. None, and None, of hybrids that are cut or do not deform.
-    """
-    if cut or deform is None or deform.strength == 0:
-        return None, None
-    # Each line is registered once, at a cost: so many of them serve any number of points.
-    return functools.partial(morph, strength=deform.strength), LINES
-
-
-def line(mu, i, j, t) -> Points:
+def interpolate(mu, i, j, t, decoded) -> Points:
     """The points z = t mu_i + (1-t) mu_j; exactly a code at both ends."""
     z = torch.lerp(mu[j], mu[i], t[:, None])
-    return Points(z, i, j, t)
+    return Points(z, i, j, t, decoded)
 
 
 def random_weights(count, alpha, device, generator):
@@ -115,8 +149,8 @@ def label(rule, points, codes, epsilon=0.1):
              e = 4 epsilon t (1-t), so that both ends are exactly one-hot
     Raises ValueError for weight and product of points from the prior: they have no weights.
     """
-    if rule not in LABELS:
-        raise ValueError(f"no rule {rule!r}; there are {', '.join(LABELS)}")
+    if rule not in RULES:
+        raise ValueError(f"no rule {rule!r}; there are {', '.join(RULES)}")
     if rule == "density":
         return codes.posterior(points.z)
     if points.i is None:
@@ -147,45 +181,43 @@ def opinion_pool(weight, points, posterior, epsilon):
     return product / product.sum(1, keepdim=True)
 
 
-def render(points, codes, images, decode, residual=True, cut=None, morph=None,
-           generator=None, decoded=0.5, batch=1000):
+def render(points, codes, images, decode, residual=True, cut=False, morph=None,
+           generator=None, batch=1000):
     """Images (M,C,H,W) of points: decode(z), plus what the decoder lost of their sources.
 
     x = decode(z) + w (x_i - decode(mu_i)) + (1-w) (x_j - decode(mu_j)), clipped; at z = mu_i
-    it is x_i, so no sharpness is lost. The last points, all but a part `decoded`, do without
-    the decoder, which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as
-    vae.Morph, parts of both images are moved to where they meet before they are added; with
-    `cut` (None: of colour images) w is 0 in a rectangle drawn from `generator`, of area 1-t,
-    and 1 elsewhere. Points from the prior, and all without `residual`, are decode(z).
-    `images`, uint8 or float in [0,1], are the sources of the codes.
+    it is x_i, so no sharpness is lost. Points that are not `decoded` do without the decoder,
+    which may know little: x = w x_i + (1-w) x_j. w is t. With `morph`, as of
+    deform.Deformations, parts of both images are moved to where they meet before they are
+    added; with `cut` w is 0 in a rectangle drawn from `generator`, of area 1-t, and 1
+    elsewhere. Points from the prior, and all without `residual`, are decode(z).
     """
     if points.i is None or not residual:
         made = [as_dtype(decode(z), images.dtype) for z in points.z.split(batch)]
         return torch.cat(made)
-    if cut is None:
-        cut = images.shape[1] == 3
-    lost = residuals(codes.mu, images, decode, batch)
-    if morph and not cut:               # each line once, however many points lie on it
-        pairs = torch.stack([points.i, points.j], 1)
-        lines, which = pairs.unique(dim=0, return_inverse=True)
-        meet = morph(as_float(images[lines[:, 0]]), as_float(images[lines[:, 1]]))
-    middle = math.ceil(decoded * len(points.z))
+    # Each source is looked at once, however many points have it.
+    used, (first, second) = torch.stack([points.i, points.j]).unique(return_inverse=True)
+    sources = images[used]
+    lost = residuals(codes.mu[used], sources, decode, batch)
+    meet = None
+    if morph and not cut:               # likewise each pair
+        pairs, which = torch.stack([first, second]).unique(dim=1, return_inverse=True)
+        meet = morph(*as_float(sources[pairs]))
     parts = []
-    for begin, end, sources in ((0, middle, lost), (middle, len(points.z), images)):
-        for start in range(begin, end, batch):
-            rows = slice(start, min(start + batch, end))
-            z, i, j, t = points.take(rows)
-            first = as_float(sources[i]).float()
-            second = as_float(sources[j]).float()
-            w = t[:, None, None, None]
-            if cut:
-                w = rectangles(t, *images.shape[2:], generator)
-            elif morph:
-                first, second = meet(first, second, which[rows], t)
-            x = w * first + (1 - w) * second
-            if sources is lost:
-                x = x + decode(z)
-            parts.append(as_dtype(x.clamp(0, 1), images.dtype))
+    for rows in torch.arange(len(points.z), device=sources.device).split(batch):
+        t = points.t[rows]
+        decoded = points.decoded[rows]
+        shaped = decoded.view(-1, *[1] * (images.dim() - 1))
+        a, b = (lost[place[rows]].float().where(shaped, as_float(sources[place[rows]]).float())
+                for place in (first, second))
+        w = t.view(shaped.shape)
+        if cut:
+            w = rectangles(t, *images.shape[2:], generator)
+        elif meet:
+            a, b = meet(a, b, which[rows], t)
+        x = w * a + (1 - w) * b
+        x[decoded] += decode(points.z[rows][decoded])
+        parts.append(as_dtype(x.clamp(0, 1), images.dtype))
     return torch.cat(parts)
 
 
@@ -229,31 +261,15 @@ def as_dtype(x, dtype):
     return x.to(dtype)
 
 
-def make(points, codes, images, decode, *, rule="product", residual=True, cut=None, morph=None,
-         deform=None, generator=None, decoded=0.5, batch=1000):
-    """The hybrids of points -> x (M,C,H,W) as `images`, q (M,K); see `render` and `label`.
-
-    `deform`, (x, q, generator) -> (x, q), has the last word: each hybrid moves as images do.
-    """
-    x = render(points, codes, images, decode, residual, cut, morph, generator, decoded, batch)
-    q = label(rule, points, codes)
-    if deform:
-        parts = []
-        for some, its in zip(x.split(batch), q.split(batch)):
-            moved, _ = deform(as_float(some), its, generator)
-            parts.append(as_dtype(moved, x.dtype))
-        x = torch.cat(parts)
-    return x, q
-
-
 @dataclass(eq=False)
 class HybridMixer:
     """mixer(x, y) -> x, q: hybrids of a batch, where torchvision.transforms.v2.MixUp stood.
 
-    Between the codes of each image and another one of the batch; `cut` as of `render`,
-    `deform` as of `make`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) ->
-    images; posterior: z -> q (B,K), as latent.teach makes it. x float in [0,1] or uint8, y
-    integer labels (B,). Raises ValueError for a batch that has been normalised.
+    Between the codes of each image and another one of the batch; `rule`, `cut` and `moves` as
+    of `make`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
+    posterior: z -> q (B,K), as latent.fit_labeller makes it. x float in [0,1] or uint8, y
+    integer labels (B,). In the workers of a DataLoader each draws numbers of its own, new ones
+    every epoch. Raises ValueError for a batch that has been normalised, or other labels.
     """
     encode: Callable
     decode: Callable
@@ -261,7 +277,8 @@ class HybridMixer:
     rule: str = "product"
     generator: torch.Generator | None = None
     cut: bool | None = None
-    deform: Callable | None = None
+    moves: Callable | None = None
+    seeded: int | None = None           # by which worker's seed
 
     @torch.no_grad()
     def __call__(self, x, y):
@@ -270,17 +287,36 @@ class HybridMixer:
         if not (low >= 0 and high <= 1):
             raise ValueError(f"the batch spans {low:g} to {high:g}; mix images in [0, 1], and "
                              "normalise them afterwards")
-        mu, _ = self.encode(x)
-        codes = SimpleNamespace(mu=mu.float(), y=y, posterior=self.posterior)
-        # In random order, so that the half that is decoded is any half of the batch.
-        i = torch.randperm(len(x), device=x.device, generator=self.generator)
-        j = partners(y, i, 0.3, self.generator)
+        if y.shape != x.shape[:1] or y.is_floating_point():
+            raise ValueError(f"labels of shape {tuple(y.shape)}, {y.dtype}; wanted one "
+                             "integer an image")
+        self.reseed()
+        mu, logvar = self.encode(x)
+        codes = BatchCodes(mu.float(), logvar, y.long(), self.posterior)
+        i = torch.arange(len(x), device=x.device)
+        j = partners(codes.y, i, 0.3, self.generator)
         t = random_weights(len(x), 4, x.device, self.generator)
-        points = line(codes.mu, i, j, t)
-        made, q = make(points, codes, x, self.decode, rule=self.rule, cut=self.cut,
-                       deform=self.deform, generator=self.generator)
-        back = i.argsort()
-        return made[back], q[back]
+        chance = torch.rand(len(x), device=x.device, generator=self.generator)
+        points = interpolate(codes.mu, i, j, t, chance < 0.5)
+        cut = x.shape[1] == 3 if self.cut is None else self.cut
+        made = make_at(points, codes, x, self.decode, rule=self.rule, cut=cut,
+                       moves=self.moves, generator=self.generator)
+        return made.x, made.q
+
+    def reseed(self):
+        """A worker has a copy of the generator: alike, all would make the same hybrids."""
+        worker = torch.utils.data.get_worker_info()
+        if worker and self.generator and self.seeded != worker.seed:
+            self.generator.manual_seed(worker.seed)
+            self.seeded = worker.seed
+
+
+class BatchCodes(NamedTuple):
+    """The codes of a batch."""
+    mu: torch.Tensor
+    logvar: torch.Tensor
+    y: torch.Tensor
+    posterior: Callable
 
 
 def entropy(q):
@@ -298,11 +334,11 @@ def parse_args(argv=None):
     from common import flags, number
     parser = flags("hybrids.py", __doc__)
     add = parser.add_argument_group("hybrids").add_argument
-    add("--count", type=number(int, 1, 2_000_000), default=20_000,
+    add("--count", type=number(int, 1, 2_000_000), default=COUNT,
         help="number of hybrids to make")
     add("--strategy", choices=STRATEGIES, default="between",
         help="where latent points are drawn")
-    add("--label", choices=LABELS, help="rule that gives the percentages; if not given, "
+    add("--label", choices=RULES, help="rule that gives the percentages; if not given, "
         "product, or density of points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
@@ -310,7 +346,7 @@ def parse_args(argv=None):
         help="paste a rectangle of the second source into the first in place of mixing them; "
         "if not given, so of colour images")
     add("--deform", action=argparse.BooleanOptionalAction, default=True,
-        help="move each hybrid as images of one class move, by the deformations of vae.pt")
+        help="move hybrids as images of one class move, and later real images, too")
     add("--export", type=Path, metavar="FOLDER",
         help="write PNG files and their labels.csv there as well")
     args = parser.parse_args(argv)
@@ -369,21 +405,17 @@ def draw(x, q, strip, strip_q, moved, how, classes):
     return fig
 
 
-def earlier_export(folder) -> list:
-    """The pictures in a folder that holds an earlier export and nothing else, or nothing."""
+def export_folder(folder: Path, dataset) -> Path:
+    """The folder of an export: new or empty, and no part of the data set."""
     import common
-    manifest = folder / "labels.csv"
-    ours = {manifest}
-    if manifest.is_file():
-        text = manifest.read_text("utf-8", "replace")
-        names = re.findall(r"^\d{3}-[\w-]*/\d{6,}\.png(?=,)", text, re.MULTILINE)
-        ours.update(folder / name for name in names)
-    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    for path in files:
-        common.require(path in ours and not path.is_symlink(), f"{path} is not of an earlier "
-                       "export; --export takes a new or an empty folder")
-    # The manifest stays until a new one takes its place: it says which pictures are ours.
-    return [path for path in files if path != manifest]
+    here = folder.resolve()
+    inside = here.is_relative_to(Path(dataset).resolve()) and Path(dataset).is_dir()
+    common.require(not inside, f"{folder} is inside the data set {dataset}; give --export "
+                   "another folder")
+    files = [] if not folder.exists() else [path for path in folder.iterdir()
+                                            if not common.is_hidden(path, [])]
+    common.require(not files, f"{folder} is not empty; --export takes a new or an empty one")
+    return folder
 
 
 def export(folder, x, q, classes):
@@ -393,99 +425,100 @@ def export(folder, x, q, classes):
     folders = []
     for k, name in enumerate(classes):
         folders.append(f"{k:03}-" + re.sub(r"[^\w-]", "_", name)[:50])
-    table = [["file", *classes]]
-    for k, row in enumerate(q):
-        name = f"{folders[int(row.argmax())]}/{k:06}.png"
+    table = [common.columns(["file"], classes)]
+    for k, (image, row) in enumerate(zip(x, q)):
+        path = folder / folders[int(row.argmax())] / f"{k:06}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(path)
+        name = path.relative_to(folder).as_posix()
         table.append([name, *(f"{p:.5f}" for p in row.tolist())])
-    folder.mkdir(parents=True, exist_ok=True)
-    common.write(folder / "labels.csv", table)          # first: it says what is ours
-    for image, line in zip(x, table[1:]):
-        path = folder / line[0]
-        path.parent.mkdir(exist_ok=True)
-        pixels = image.permute(1, 2, 0).squeeze(2).numpy()
-        with common.create(path) as file:
-            Image.fromarray(pixels).save(file, "png")
+    common.write(folder / "labels.csv", table)
 
 
 def walk(codes, generator, steps=9) -> Points:
-    """Points on the line from the first code to one of another class."""
+    """Points on the line from the first code to one of another class, all decoded."""
     device = codes.mu.device
     i = torch.zeros(steps, dtype=torch.long, device=device)
     j = partners(codes.y, i[:1], 0, generator)
     t = torch.linspace(1, 0, steps, device=device)
-    return line(codes.mu, i, j.expand(steps), t)
+    return interpolate(codes.mu, i, j.expand(steps), t, torch.ones_like(i, dtype=torch.bool))
 
 
-def measure(points, x, q, encode, posterior) -> dict:
+def measure(made, encode, posterior) -> dict:
     """How mixed the labels are, and how far the percentages move if encoded again."""
     from latent import subsample
-    some = subsample(len(x), 2000)
-    mu, _ = encode(x[some])
+    some = subsample(len(made.x), 2000)
+    mu, _ = encode(made.x[some])
     # Total variation between the percentages of a point and of the image made from it.
-    moved = (posterior(mu) - posterior(points.z[some])).abs().sum(1) / 2
-    entropies = entropy(q)
-    histogram = entropies.histc(20, 0, math.log(q.shape[1]))
+    moved = (posterior(mu) - posterior(made.points.z[some])).abs().sum(1) / 2
+    entropies = entropy(made.q)
+    top = made.q.amax(1)
+    histogram = entropies.histc(20, 0, math.log(made.q.shape[1]))
     return {"entropy": entropies.mean().item(), "temperature": posterior.temperature,
-            "moved": moved.mean().item(), "top": q.amax(1).mean().item(),
-            "histogram": histogram.tolist()}
+            "moved": moved.mean().item(), "top": top.mean().item(),
+            "mixed": (top < 0.9).float().mean().item(), "histogram": histogram.tolist()}
+
+
+def pictures(codes, images, decode, made, moves, args, classes, seed):
+    """The figure of made hybrids; its random numbers are its own."""
+    generator = torch.Generator(images.device).manual_seed(seed)
+    strip = walk(codes, generator)
+    if args.strategy == "prior":        # made as these are: decoded, labelled by density
+        strip = Points(strip.z, decoded=strip.decoded)
+    # A cut draws its place anew for each image: nothing would move from one to the next.
+    morph = moves.morph if moves is not None and moves.strength > 0 else None
+    shown = make_at(strip, codes, images, decode, rule=args.label, residual=args.residual,
+                    morph=morph)
+    still = as_float(shown.x[:1])
+    moved = still
+    how = "it does not"
+    if moves is not None:
+        moved, _ = moves(still.expand(8, -1, -1, -1), None, generator)
+        how = moves.words()
+    return draw(made.x.cpu(), made.q.cpu(), shown.x.cpu(), shown.q.cpu(),
+                torch.cat([still, moved]), how, classes)
 
 
 def command(run, args):
     import common
+    from deform import Deformations
     from latent import Codes
-    from vae import VAE, Deformations, Morph, decode_all, encode_all
-    earlier = earlier_export(args.export) if args.export else []
-    upstream = common.load(run, "vae", run.device, VAE.restore)
-    saved = common.load(run, "latent", run.device, Codes.restore, upstream)
-    codes = Codes.restore(saved)
-    model = VAE.restore(upstream, run.device)
-    data = common.load_dataset(run, upstream)
-    rows = upstream["rows"][saved["labels"] >= 0]
-    images = data.take(rows)
-    if args.cut is None:                # recorded as what is done
-        args.cut = run.settings["cut"] = images.shape[1] == 3
-    generator = torch.Generator(run.device).manual_seed(args.seed)
-    encode = functools.partial(encode_all, model, amp=run.amp)
-    decode = functools.partial(decode_all, model, amp=run.amp)
-    deform = Deformations.restore(upstream, run.device)
-    deformed_by = deform if args.deform else None
-    morph, lines = registration(Morph, deformed_by, args.cut)
-    points = sample(args.strategy, args.count, codes, generator, lines=lines)
-    x, q = make(points, codes, images, decode, rule=args.label, residual=args.residual,
-                cut=args.cut, morph=morph, deform=deformed_by, generator=generator)
-    metrics = measure(points, x, q, encode, codes.posterior)
-    x = x.cpu()
-    q = q.cpu()
-
-    strip = walk(codes, generator)
-    if args.strategy == "prior":        # made as these are: decoded, labelled by density
-        strip = Points(strip.z)
-    # A cut draws its place anew for each image: nothing would move from one to the next.
-    strip_x, strip_q = make(strip, codes, images, decode, rule=args.label,
-                            residual=args.residual, cut=False, morph=morph, decoded=1)
-    still = as_float(strip_x[:1])
-    moved, _ = deform(still.expand(8, -1, -1, -1), None, generator)
-    picture = draw(x, q, strip_x.cpu(), strip_q.cpu(), torch.cat([still, moved]),
-                   deform.words(), common.legible(data.classes))
-    common.write(run.out / "hybrids.png", picture)
+    from vae import VAE, decode_all, encode_all
+    upstream = common.load(run, "vae", run.device)
+    saved = common.load(run, "latent", run.device)
+    data = common.load_dataset(run)
+    folder = export_folder(args.export, run.dataset) if args.export else None
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
-    flows = torch.zeros(1, *images.shape[2:], 2)        # of real images: they stand still
-    if args.deform and deform.moves():
-        flows = deform.repertoire(FLOWS, generator)
-    common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=x, q=q,
-                z=points.z.cpu(), flows=flows.half().cpu())
-    print(f"{len(x):,} hybrids ({args.strategy}, labelled by {args.label}): "
+    moves = None
+    if args.deform:
+        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+        sources.append(run.out / "deform.pt")
+    codes = Codes.restore(saved).known()
+    model = VAE.restore(upstream, run.device)
+    images = data.images[codes.rows]
+    decode = functools.partial(decode_all, model, amp=run.amp)
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    made = make(codes, images, decode, strategy=args.strategy, count=args.count,
+                rule=args.label, residual=args.residual, cut=args.cut, moves=moves,
+                generator=generator)
+
+    metrics = measure(made, functools.partial(encode_all, model, amp=run.amp), codes.posterior)
+    picture = pictures(codes, images, decode, made, moves, args, common.legible(data.classes),
+                       run.seed)
+    common.write(run.out / "hybrids.png", picture)
+    common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=made.x.cpu(),
+                q=made.q.cpu(), z=made.points.z.cpu())
+    print(f"{len(made.x):,} hybrids ({args.strategy}, labelled by {args.label}), "
+          f"{metrics['mixed']:.0%} of them less than 90% one class: "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
-    spread = int((rows >= len(data.images)).sum())
+    spread = int((~codes.given).sum())
     if spread:
-        print(f"made of {len(rows) - spread:,} images with a label and {spread:,} with one "
+        print(f"made of {len(images) - spread:,} images with a label and {spread:,} with one "
               "that was spread")
-    if args.export:
-        for file in earlier:
-            file.unlink()
-        export(args.export, x, q, data.classes)
-        print(args.export / "labels.csv")
+    if folder:
+        export(folder, made.x.cpu(), made.q.cpu(), data.classes)
+        print(folder / "labels.csv")
     print(run.out / "hybrids.png", run.out / "hybrids.pt", sep="\n")
 
 

@@ -5,22 +5,24 @@
     python latent.py -o runs/mnist --point=-0.3,1.2,...      # of a latent point, D numbers
     python latent.py --review                     # which labels to look at next: review.csv
 
-Reads:  vae.pt and its data set; with --review, the new labels in review.csv, which it keeps.
+Reads:  vae.pt and its data set; deform.pt, where labels are spread to images without one.
 Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv review.png.
 """
-import collections
 import functools
 import itertools
 import math
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,); q (M,K).
+# Letters: N codes, M points, D latent size, K classes.  mu, logvar (N,D); y (N,), -1 for none;
+# q (M,K).
 LOG_2PI = math.log(2 * math.pi)
+SPREAD = 60_000                         # most images of a kind that labels are spread among
+CODES = 20_000                          # most codes that a density is made of
+NEIGHBOURS = 7                          # along whom labels are spread
+CANDIDATES = 50                         # nearest codes, among which images say who is near
 
 
 class Posterior:
@@ -44,6 +46,13 @@ class Posterior:
             return self.weigh(self.log_density(z.float()), self.log_floor)
         log_density = self.log_density(z.float(), logvar.float())
         return self.weigh(log_density, self.image_floor)
+
+    def stored(self) -> dict:
+        """Plain tensors and numbers, from which `restored` makes the same posterior."""
+        fields = {"kind": type(self).__name__}
+        for key, value in vars(self).items():
+            fields[key] = value.cpu() if torch.is_tensor(value) else value
+        return fields
 
     def weigh(self, log_density, floor):
         """q (M,K) from log p(z|c) (M,K) and log b."""
@@ -203,24 +212,66 @@ class Gaussian(Posterior):
         return torch.cat(parts)
 
 
+def restored(fields: dict) -> Posterior:
+    """The posterior that was `stored`."""
+    kind, = [kind for kind in (Aggregate, Gaussian) if kind.__name__ == fields["kind"]]
+    return kind(**{key: value for key, value in fields.items() if key != "kind"})
+
+
 class Codes(NamedTuple):
     """What a latent space knows of its images: where each lies, its class, the percentages."""
+    rows: torch.Tensor                  # (N,) of the images in their data set
     mu: torch.Tensor                    # (N,D)
     logvar: torch.Tensor                # (N,D)
-    y: torch.Tensor                     # (N,)
-    posterior: Posterior                # of points, as `teach` makes it
+    y: torch.Tensor                     # (N,) labels, given or spread
+    given: torch.Tensor                 # (N,) bool: which are given
+    posterior: Posterior                # of points, as `fit_labeller` makes it
 
     @classmethod
     def restore(cls, saved: dict):
-        """The codes of a loaded latent.pt that have a label, given or spread."""
-        posterior = Aggregate(**saved["teaching"])
-        y = saved["labels"]
-        known = y >= 0
-        return cls(saved["mu"][known], saved["logvar"][known], y[known], posterior)
+        """The codes of a loaded latent.pt."""
+        posterior = restored(saved["labeller"])
+        return cls(*(saved[key] for key in cls._fields[:-1]), posterior)
+
+    def known(self):
+        """Those that have a label, given or spread."""
+        return self.some(self.y >= 0)
+
+    def labelled(self):
+        """What a density is fitted to: mu, logvar, y."""
+        return self.mu, self.logvar, self.y
+
+    def some(self, rows):
+        """Those of an index or a mask."""
+        return Codes(*(part[rows] for part in self[:-1]), self.posterior)
 
 
-def teach(mu, logvar, y, classes, bandwidth=1.0):
-    """The posterior that labels hybrids (the best-calibrated one is too soft to teach).
+def embed(mu, logvar, rows, y, classes, images, moves=None) -> Codes:
+    """Codes mu, logvar (N,D) of images (N,C,H,W), the `rows` (N,) of a data set.
+
+    Labels y (N,) are -1 for none: those of the others are spread to them, among images that
+    are near as codes and, to the strength of `moves`, a deform.Deformations, as images that
+    move so.
+    """
+    y = y.long()
+    given = y >= 0
+    labels = y.clone()
+    if not given.all():
+        # All have a place in the graph, unless there are very many.
+        known = given.nonzero()[:, 0]
+        without = (~given).nonzero()[:, 0]
+        parts = [part[subsample(len(part), SPREAD).to(y.device)] for part in (known, without)]
+        among = torch.cat(parts).sort()[0]
+        graph = graph_of(mu[among], images[among], moves)
+        labels[among] = spread_labels(graph, y[among], classes)
+    some = (labels >= 0).nonzero()[:, 0]
+    some = some[subsample(len(some), CODES).to(y.device)]
+    posterior = fit_labeller(mu[some], logvar[some], labels[some], classes)
+    return Codes(rows, mu, logvar, labels, given, posterior)
+
+
+def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
+    """The posterior that labels hybrids (the best-calibrated one is too soft for that).
 
     T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
     """
@@ -288,21 +339,45 @@ def best_temperature(posterior, mu, logvar, y):
     return temperature, nll
 
 
-def calibrate(fit, choices, mu, logvar, y, limit=500):
-    """The fit(choice) of least NLL on validation codes mu, logvar (V,D), y (V,); the choice.
+def calibrate(kind, choices, codes, held_out, classes, limit=500):
+    """A density fitted to codes and calibrated on others -> the posterior, its choice, NLL.
 
-    Its temperature is chosen by the same NLL.
+    `kind` is Aggregate or Gaussian, codes and held_out are (mu, logvar, y). Of `choices`, that
+    is bandwidths or shrinkages, the one of least NLL is taken, then the temperature likewise.
     """
-    some = subsample(len(y), limit)     # the choice is coarse: a few images settle it
+    mu, logvar, y = held_out
+    some = subsample(len(y), limit).to(y.device)        # the choice is coarse: a few settle it
     tried = []
     for choice in choices:
-        posterior = fit(choice)
+        posterior = kind.fit(*codes, classes, choice)
         _, nll = best_temperature(posterior, mu[some], logvar[some], y[some])
         tried.append((nll, choice))
     _, choice = min(tried)
-    posterior = fit(choice)
-    posterior.temperature, _ = best_temperature(posterior, mu, logvar, y)
-    return posterior, choice
+    posterior = kind.fit(*codes, classes, choice)
+    posterior.temperature, nll = best_temperature(posterior, mu, logvar, y)
+    return posterior, choice, nll
+
+
+def left_out(kind, choice, temperature, mu, logvar, y, classes, folds=10, most=5000):
+    """q (N,K) of images, each by the labels of others: codes mu, logvar (N,D), y (N,).
+
+    The labelled ones in folds, each by a density of at most so many of the other folds; those
+    without a label by one of all folds.
+    """
+    known = (y >= 0).nonzero()[:, 0]
+    fold = torch.full_like(y, -1)
+    # By class: each fold has its share of every one.
+    order = known[y[known].argsort(stable=True)]
+    fold[order] = torch.arange(len(order), device=y.device) % folds
+    q = mu.new_zeros(len(y), classes)
+    for k in fold.unique().tolist():
+        others = known[fold[known] != k]
+        others = others[subsample(len(others), most).to(y.device)]
+        posterior = kind.fit(mu[others], logvar[others], y[others], classes, choice)
+        posterior.temperature = temperature
+        asked = fold == k
+        q[asked] = posterior(mu[asked], logvar[asked])
+    return q
 
 
 def subsample(n, most):
@@ -311,46 +386,50 @@ def subsample(n, most):
     return torch.randperm(n, generator=generator)[:most].sort()[0]
 
 
-def nearest(z, mu, count):
-    """The nearest of codes mu (N,D) to points z (M,D): their rows, distances (M,count)."""
+# ---- labels for images without one ----------------------------------------------------------
+
+def graph_of(mu, images, moves):
+    """The `neighbour_graph` of codes and of the images behind them, as far as these move."""
+    if moves is None or moves.strength == 0:
+        return neighbour_graph(*nearest(mu, NEIGHBOURS))
+    near, square = nearest(mu, CANDIDATES)
+    moved = in_neighbours(moves.distances(images, near))
+    square = torch.lerp(in_neighbours(square), moved, moves.strength)
+    square, order = square.topk(min(NEIGHBOURS, near.shape[1]), largest=False)
+    return neighbour_graph(near.gather(1, order), square)
+
+
+def nearest(mu, count):
+    """Of each code the `count` nearest others: their rows, squared distances (N,count)."""
+    mu = mu.float()
     rows = []
-    distances = []
-    for some in z.split(max(1, 2**24 // len(mu))):      # pairs at once
-        closest = torch.cdist(some, mu).topk(min(count, len(mu)), largest=False)
-        rows.append(closest.indices)
-        distances.append(closest.values)
-    return torch.cat(rows), torch.cat(distances)
+    squares = []
+    for some in mu.split(max(1, 2**24 // len(mu))):     # pairs at once
+        closest = torch.cdist(some, mu).topk(min(1 + count, len(mu)), largest=False)
+        rows.append(closest.indices[:, 1:])             # the nearest is the code itself
+        squares.append(closest.values[:, 1:].square())
+    return torch.cat(rows), torch.cat(squares)
 
 
-def neighbour_graph(mu, distances=None, share=0.0, neighbours=7):
-    """Sparse weights V + V^T (N,N), on the CPU, of codes mu (N,D) and their nearest ones.
-
-    V_ij = exp(-d_ij / d_ik), d the squared distance, k the last neighbour. A part `share` of
-    d is that of the images behind the codes, `distances`: rows (N,M) -> (N,M); each kind is
-    measured in that of the last neighbour.
-    """
-    candidates = 50 if share else neighbours
-    near, distance = nearest(mu, mu, 1 + candidates)
-    near = near[:, 1:]                  # the nearest is the code itself
-    square = in_neighbours(distance[:, 1:].square(), neighbours)
-    if share:
-        moved = in_neighbours(distances(near), neighbours)
-        square = share * moved + (1 - share) * square
-        square, order = square.topk(min(neighbours, near.shape[1]), largest=False)
-        near = near.gather(1, order)
-    weight = (-in_neighbours(square, neighbours)).exp().cpu()
-    rows = torch.arange(len(mu)).repeat_interleave(near.shape[1])
-    pairs = torch.stack([rows, near.flatten().cpu()])
-    graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (len(mu), len(mu)),
-                                    check_invariants=False)
-    return (graph + graph.T).coalesce()
-
-
-def in_neighbours(square, neighbours):
-    """Squared distances (N,M), each row measured in the one to its k-th neighbour."""
-    k = min(neighbours, square.shape[1])
+def in_neighbours(square):
+    """Squared distances (N,M), each row measured in the one to its last neighbour."""
+    k = min(NEIGHBOURS, square.shape[1])
     last = square.topk(k, largest=False).values[:, -1:]
     return square / last.clamp(min=1e-12)
+
+
+def neighbour_graph(near, square):
+    """Sparse weights V + V^T (N,N), on the CPU, of neighbours near (N,k) at squared distances.
+
+    V_ij = exp(-d_ij / d_ik), k the last neighbour.
+    """
+    count = len(near)
+    weight = (-in_neighbours(square)).exp().cpu()
+    rows = torch.arange(count).repeat_interleave(near.shape[1])
+    pairs = torch.stack([rows, near.flatten().cpu()])
+    graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (count, count),
+                                    check_invariants=False)
+    return (graph + graph.T).coalesce()
 
 
 def spread(graph, rows, labels, classes, alpha=0.99, rounds=100):
@@ -368,8 +447,8 @@ def spread(graph, rows, labels, classes, alpha=0.99, rounds=100):
     return belief.argmax(1).where(belief.amax(1) > 0, -1)
 
 
-def labels_agree(graph, y, classes, alpha=0.99) -> bool:
-    """Do the labels y (n,) of the first n codes predict each other along the graph?
+def labels_agree(graph, rows, y, classes, alpha=0.99) -> bool:
+    """Do the labels y (n,) of a few rows predict each other along the graph?
 
     Both halves, together, have to be right about most of each other, chance discounted; only
     labels of a class that both halves hold can be right.
@@ -378,26 +457,28 @@ def labels_agree(graph, y, classes, alpha=0.99) -> bool:
     halves = (order[::2], order[1::2])                  # every other one: half of each class
     right = []
     for known, asked in (halves, halves[::-1]):
-        guess = spread(graph, known, y[known], classes, alpha)
+        guess = spread(graph, rows[known], y[known], classes, alpha)
         can_be_right = torch.isin(y[asked], y[known])
-        right.append((guess[asked] == y[asked])[can_be_right])
+        right.append((guess[rows[asked]] == y[asked])[can_be_right])
     share = torch.cat(right).float().mean()
     return bool(share > 0.5 + 0.5 / classes)
 
 
-def spread_labels(mu, y, classes, distances=None, share=0.0, neighbours=7, alpha=0.99):
-    """Labels (N,) of codes mu (N,D), from y (n,) of the first n; -1 where none arrives.
+def spread_labels(graph, y, classes, alpha=0.99):
+    """Labels (N,) of all nodes of a graph, from y (N,), -1 for none; -1 where none arrives.
 
     None arrives anywhere, if the labels do not predict each other: they would mislead.
-    `distances` and `share` as of `neighbour_graph`.
     """
-    graph = neighbour_graph(mu.float(), distances, share, neighbours)
-    given = y.cpu().long()
-    others = spread(graph, torch.arange(len(y)), given, classes, alpha)[len(y):]
-    if not labels_agree(graph, given, classes, alpha):
-        others = torch.full_like(others, -1)
-    return torch.cat([given, others]).to(y.device)
+    given = y.cpu()
+    rows = (given >= 0).nonzero()[:, 0]
+    if not labels_agree(graph, rows, given[rows], classes, alpha):
+        return y
+    labels = spread(graph, rows, given[rows], classes, alpha)
+    labels[rows] = given[rows]
+    return labels.to(y.device)
 
+
+# ---- which labels to look at ----------------------------------------------------------------
 
 def suspects(q, y):
     """Which labels y (N,) look wrong by percentages q (N,K) that do not know them.
@@ -435,26 +516,6 @@ def to_label(q, mu, known, count):
     return undecided[torch.tensor(taken, dtype=torch.long, device=mu.device)]
 
 
-def near_duplicates(mu, images, test_mu, test_images, most=0.05, neighbours=5):
-    """Pairs of almost the same image: rows of images, rows of test images, their difference.
-
-    The nearest codes of each test image are looked at; the difference is the mean squared one
-    of pixels, in parts of the test image's variance. The smallest first, `most` at most.
-    """
-    near, _ = nearest(test_mu, mu, neighbours)          # (T,k)
-    difference = torch.full(near.shape, math.inf, device=mu.device)
-    for rows in torch.arange(len(test_mu), device=mu.device).split(1000):
-        x = test_images[rows].float().flatten(1)
-        variance = x.var(1, unbiased=False).clamp(min=1)
-        for j in range(near.shape[1]):
-            other = images[near[rows, j]].float().flatten(1)
-            difference[rows, j] = (x - other).square().mean(1) / variance
-    least, j = difference.min(1)
-    tests = (least <= most).nonzero()[:, 0]
-    tests = tests[least[tests].argsort(stable=True)]
-    return near[tests, j[tests]], tests, least[tests]
-
-
 def words(q, classes, most=2) -> str:
     """Probabilities (K,) in words: the likeliest classes, the likeliest last.
 
@@ -469,11 +530,20 @@ def words(q, classes, most=2) -> str:
 
 # ---- command --------------------------------------------------------------------------------
 
+REVIEWED = 100                          # most images of a kind in review.csv
+NAMED = 20                              # most classes that the map names
+WRONG = "label looks wrong"
+TEACHING = "label would teach most"
+COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure"]
+KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),         # bandwidths
+         "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0))}                  # shrinkages
+
+
 def parse_args(argv=None):
     from common import flags, number
     parser = flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
-    add("--codes", type=number(int, 2), default=20_000,
+    add("--codes", type=number(int, 2), default=CODES,
         help="highest number of codes that the density is made of")
     add("--review", action="store_true",
         help="write review.csv and review.png as well: which labels to look at next")
@@ -547,7 +617,9 @@ def draw_map(axes, mu, y, classes, posterior, generator, given=None):
     flat = (z - mean) @ directions
     crosses = far_apart(flat, centres.values())
     boxes = draw_crosses(axes, flat[crosses])
-    for c, centre in centres.items():
+    most = y.bincount().topk(min(NAMED, int(y.max()) + 1)).indices.tolist()
+    for c in sorted(set(most) & centres.keys()):        # of many classes the largest
+        centre = centres[c]
         colour = common.COLOURS[c % 10]
         write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36),
                    edge=colour, size=11, weight="bold", zorder=9)
@@ -585,44 +657,47 @@ def draw_class(axes, xy, c, large, size):
 
 def draw_crosses(axes, points) -> list:
     """Draw an X at points (n,2) -> a box of pixels about each, which no text should cover."""
-    from matplotlib.transforms import Bbox
     axes.plot(points[:, 0], points[:, 1], "x", color="black", ms=9, mew=2.2)
     figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
     figure.draw_without_rendering()     # settles the layout, and so the pixels
     reach = 6 * figure.dpi / 72
-    boxes = []
-    for pixel in axes.transData.transform(points):
-        boxes.append(Bbox([pixel, pixel]).padded(reach))
-    return boxes
+    margin = torch.tensor([-reach, -reach, reach, reach])
+    pixels = torch.from_numpy(axes.transData.transform(points))
+    return list(pixels.repeat(1, 2) + margin)
 
 
 def write_near(axes, text, point, boxes, radii, edge="none", **look):
-    """Write a text near a point, where it covers least of the boxes (pixels); add its own."""
+    """Write a text near a point, where it covers least of the boxes (n,4); add its own.
+
+    Boxes are left, bottom, right, top, in pixels.
+    """
     frame = dict(boxstyle="round,pad=0.2", fc="white", ec=edge, alpha=0.85)
     leader = dict(arrowstyle="-", lw=0.8, shrinkA=0, shrinkB=4)
     label = axes.annotate(text, point, (0, 0), textcoords="offset points", ha="center",
                           va="center", bbox=frame, arrowprops=leader, **look)
     label.set_in_layout(False)
-    places = []
-    for radius, turn in itertools.product(radii, range(16)):
-        angle = math.pi * (turn / 8 - 0.5)              # below the point first
-        # Texts are wider than high: an ellipse of places.
-        place = (2.2 * radius * math.cos(angle), radius * math.sin(angle))
-        label.set_position(place)
-        box = label.get_window_extent().padded(4)
-        cut_off = box.width * box.height - overlap(box, [axes.bbox])
-        cost = overlap(box, boxes) + 1000 * cut_off + radius
-        places.append((cost, place))
-    _, best = min(places)
-    label.set_position(best)
-    boxes.append(label.get_window_extent().padded(4))
+    box = label.get_window_extent().padded(4)           # measured once: that is slow
+    here = torch.from_numpy(box.extents)
+    pixels = axes.figure.figure.dpi / 72                # of a point
+    radius = torch.tensor(radii).repeat_interleave(16)
+    angle = math.pi * (torch.arange(16) / 8 - 0.5)      # below the point first
+    angle = angle.repeat(len(radii))
+    # Texts are wider than high: an ellipse of places.
+    places = torch.stack([2.2 * radius * angle.cos(), radius * angle.sin()], 1)
+    tried = here + pixels * places.repeat(1, 2)         # (places,4)
+    size = (here[2] - here[0]) * (here[3] - here[1])
+    cut_off = size - overlap(tried, torch.from_numpy(axes.bbox.extents)[None])
+    cost = overlap(tried, torch.stack(boxes)) + 1000 * cut_off.clamp(min=0) + radius
+    best = int(cost.argmin())
+    label.set_position(places[best].tolist())
+    boxes.append(tried[best])
 
 
-def overlap(box, others):
-    """The area, in pixels, that a box shares with others."""
-    from matplotlib.transforms import Bbox
-    shared = [Bbox.intersection(box, other) for other in others]
-    return sum(part.width * part.height for part in shared if part is not None)
+def overlap(boxes, others):
+    """The area (n,) that boxes (n,4) share with others (m,4), in pixels."""
+    low = boxes[:, None, :2].maximum(others[:, :2])
+    high = boxes[:, None, 2:].minimum(others[:, 2:])
+    return (high - low).clamp(min=0).prod(2).sum(1)
 
 
 def draw_reliability(axes, metrics):
@@ -643,24 +718,19 @@ def draw_reliability(axes, metrics):
                 "observed frequency on test images")
 
 
-def best_calibrated(saved) -> Aggregate:
-    """The percentages of a loaded latent.pt."""
-    return Aggregate(**saved["calibrated"]["aggregate"])
-
-
 def answer(run, args):
     """Print the percentages of a picture or of a point."""
     import common
     from vae import VAE, encode_all
-    saved = common.load(run, "latent", restore=best_calibrated)
-    posterior = best_calibrated(saved)
+    saved = common.load(run, "latent")
+    posterior = restored(saved["percentages"])
     if args.point:
         q = posterior(parse_point(args.point, saved["mu"].shape[1])[None])
     else:
         image, report = common.read_like(args.image, saved["dataset"])
         print(report)
-        upstream = common.load(run, "vae", restore=VAE.restore, like=saved)
-        q = posterior(*encode_all(VAE.restore(upstream), image))
+        model = VAE.restore(common.load(run, "vae"))
+        q = posterior(*encode_all(model, image))
     print(common.ranking(q[0], saved["dataset"]["classes"]))
 
 
@@ -676,120 +746,13 @@ def parse_point(text: str, dim: int):
     return z
 
 
-def stored(posterior) -> dict:
-    """A posterior as plain tensors and numbers: Aggregate(**stored(posterior)) equals it."""
-    fields = {}
-    for key, value in vars(posterior).items():
-        fields[key] = value.cpu() if torch.is_tensor(value) else value
-    return fields
-
-
-def worth(q, y) -> dict:
-    """What percentages q (N,K) of test images are worth."""
-    import common
-    return {**common.scores(q, y), "ece_interval": common.ece_interval(q, y),
-            "reliability": common.reliability(q, y)}
-
-
-SPREAD = 60_000                         # most images that labels are spread to
-REVIEWED = 100                          # most images of a kind in review.csv
-WRONG = "label looks wrong"
-TEACHING = "label would teach most"
-COPY = "nearly a training image"
-WHY = (WRONG, TEACHING, COPY)           # of a line in review.csv
-COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "like"]
-BANDWIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5)        # of the aggregate; one is chosen
-SHRINKAGES = (0.0, 0.1, 0.5, 1.0)       # of the Gaussian; one is chosen
-
-
 class Part(NamedTuple):
     """Images of a data set as this script sees them."""
     name: str
     rows: torch.Tensor                  # (N,) as Dataset counts them
     given: torch.Tensor                 # (N,) labels, -1 where there is none
     y: torch.Tensor                     # (N,) these and, among training images, spread ones
-    mu: torch.Tensor                    # (N,D)
-    logvar: torch.Tensor                # (N,D)
-    q: torch.Tensor | None = None       # (N,K) percentages, once they are known
-
-    def take(self, some):
-        """The images of some places, in that order, or of a mask."""
-        columns = []
-        for column in self[1:]:
-            columns.append(None if column is None else column[some])
-        return Part(self.name, *columns)
-
-    def codes(self):
-        """What a posterior is fitted to, or calibrated on."""
-        return self.mu, self.logvar, self.y
-
-
-def with_spread(part, data, deform):
-    """Labels (N,) of a part: the given ones and, where these are -1, spread ones.
-
-    To at most SPREAD of the images without a label, from at most so many with one. Says what
-    became of it.
-    """
-    known = (part.given >= 0).nonzero()[:, 0]
-    without = (part.given < 0).nonzero()[:, 0]
-    if not len(without):
-        return part.given
-    known = known[subsample(len(known), SPREAD)]
-    asked = without[subsample(len(without), SPREAD)]
-    some = torch.cat([known, asked])
-    distances = functools.partial(deform.distances, data.take(part.rows[some]))
-    spread_to = spread_labels(part.mu[some], part.given[known], len(data.classes), distances,
-                              deform.strength)
-    labels = part.given.clone()
-    labels[asked] = spread_to[len(known):]
-    count = int((labels[asked] >= 0).sum())
-    if count:
-        print(f"labels are spread to {count:,} of {len(without):,} images without one")
-    else:
-        print("the labels do not predict each other: none is spread to the "
-              f"{len(without):,} images without one, only labelled ones are used")
-    return labels
-
-
-def calibrated_on(validation, kind, choices, known, classes):
-    """A kind of posterior of a part, calibrated on another part; its choice."""
-    def fit(choice):
-        return kind.fit(*known.codes(), classes, choice)
-
-    return calibrate(fit, choices, *validation.codes())
-
-
-def densities(known, prior, validation, test):
-    """Both densities, calibrated, their q of the test images, what they are worth; by name.
-
-    `known`, `validation` and `test` are parts, `prior` is (K,).
-    """
-    classes = len(prior)
-    narrow = Aggregate.fit(*known.codes(), classes, bandwidth=0.0)(test.mu, test.logvar)
-    metrics = {"class priors": worth(prior.expand_as(narrow), test.y),
-               "encoder's width": worth(narrow, test.y)}
-    calibrated = {}
-    shares = {}
-    for name, kind, choices in (("aggregate", Aggregate, BANDWIDTHS),
-                                ("gaussian", Gaussian, SHRINKAGES)):
-        posterior, choice = calibrated_on(validation, kind, choices, known, classes)
-        calibrated[name] = posterior
-        shares[name] = posterior(test.mu, test.logvar)
-        metrics[name] = {**worth(shares[name], test.y), "choice": choice,
-                         "temperature": posterior.temperature}
-    return calibrated, shares, metrics
-
-
-def without_own(posterior, part, some):
-    """q (N,K) of the images of a part, those at the places `some` without their own code.
-
-    The aggregate `posterior` is that of these places.
-    """
-    code = torch.full_like(part.rows, -1)               # of each image, -1 for none
-    by_class = part.y[some].argsort(stable=True)        # the order of an aggregate's codes
-    code[some[by_class]] = torch.arange(len(some), device=code.device)
-    log_density = posterior.log_density(part.mu, part.logvar, code)
-    return posterior.weigh(log_density, posterior.image_floor)
+    q: torch.Tensor                     # (N,K) percentages
 
 
 def percentage_table(data, parts):
@@ -797,221 +760,222 @@ def percentage_table(data, parts):
 
     Each is made as it is written: all of them may take much memory.
     """
-    yield "image part label spread likeliest sure".split() + data.classes
+    import common
+    yield common.columns("image part label spread likeliest sure".split(), data.classes)
     names = [*data.classes, ""]         # the last one, -1, is none
     for part in parts:
         sure, likeliest = part.q.max(1)
         tensors = (part.rows, part.given, part.y, likeliest, sure, part.q)
-        columns = [tensor.tolist() for tensor in tensors]
-        for row, label, y, best, most, shares in zip(*columns):
+        lists = [tensor.tolist() for tensor in tensors]
+        for row, label, y, best, most, numbers in zip(*lists):
             source = part.name if label >= 0 else "unlabelled"
             spread_label = names[y] if y != label else ""
             line = [data.names[row], source, names[label], spread_label, names[best]]
-            for share in (most, *shares):
+            for share in (most, *numbers):
                 line.append(f"{share:.4f}")
             yield line
 
 
-def findings(data, train, labelled, test, seen) -> list:
+def measure(q, y) -> dict:
+    """What percentages q (N,K) of test images are worth."""
+    import common
+    return {**common.scores(q, y), "ece_interval": common.ece_interval(q, y),
+            "reliability": common.reliability(q, y)}
+
+
+def densities(known, validation, test, classes):
+    """Both densities, calibrated on validation images, and what they say of test images.
+
+    The three are (mu, logvar, y) -> by name the posterior, its choice, its validation NLL; by
+    name what q (T,K) is worth.
+    """
+    mu, logvar, y = test
+    _, _, known_y = known
+    prior = known_y.bincount(minlength=classes) / len(known_y)
+    narrow = Aggregate.fit(*known, classes, bandwidth=0.0)
+    metrics = {"class priors": measure(prior.expand(len(y), -1), y),
+               "encoder's width": measure(narrow(mu, logvar), y)}
+    calibrated = {}
+    for name, (kind, choices) in KINDS.items():
+        calibrated[name] = calibrate(kind, choices, known, validation, classes)
+        posterior, choice, nll = calibrated[name]
+        metrics[name] = {**measure(posterior(mu, logvar), y), "choice": choice,
+                         "temperature": posterior.temperature, "validation_nll": nll}
+    return calibrated, metrics
+
+
+def findings(data, codes, q, labelled_q, seen) -> list:
     """What a person should look at, a dict of `COLUMNS` an image.
 
-    `labelled` is the part of `train` with a given label, its percentages those by the others.
-    Images whose names are in `seen` are left out.
+    q (N,K) are the percentages of all codes, `labelled_q` those of the ones with a given
+    label, by the given labels of the others. Images whose names are in `seen` are left out.
     """
-    places, claims = suspects(labelled.q, labelled.given)
-    lines = review_lines(WRONG, data, labelled.take(places), claims, seen)
+    given = codes.some(codes.given)
+    places, claims = suspects(labelled_q, given.y)
+    lines = review_lines(WRONG, data, given, labelled_q, places, claims, seen)
 
-    asked = train.given < 0
-    for k, row in enumerate(train.rows.tolist()):
+    asked = ~codes.given
+    for k, row in enumerate(codes.rows.tolist()):
         if data.names[row] in seen:
             asked[k] = False
-    unlabelled = train.take(asked)
-    places = to_label(unlabelled.q, unlabelled.mu, labelled.mu, REVIEWED)
-    part = unlabelled.take(places)
-    lines += review_lines(TEACHING, data, part, part.q.argmax(1), seen)
-
-    originals, copies, _ = near_duplicates(train.mu, data.take(train.rows), test.mu,
-                                           data.test_images)
-    part = test.take(copies)
-    like = train.rows[originals].tolist()
-    lines += review_lines(COPY, data, part, part.q.argmax(1), seen, like)
-    return lines
+    others = codes.some(asked)
+    places = to_label(q[asked], others.mu, given.mu, REVIEWED)
+    claims = q[asked][places].argmax(1)
+    return lines + review_lines(TEACHING, data, others, q[asked], places, claims, seen)
 
 
-def review_lines(why, data, part, likeliest, seen, like=None) -> list:
-    """Lines for the first images of a part that are not `seen`.
+def review_lines(why, data, codes, q, places, claims, seen) -> list:
+    """Lines for the first images at `places` of codes that are not `seen`.
 
-    `likeliest` (N,): the class that each is said to be; `like`: the row of a similar image.
+    `claims`: the class that each is said to be, q (N,K) the percentages of the codes.
     """
     lines = []
-    for k, c in enumerate(likeliest.tolist()):
-        name = data.names[part.rows[k]]
+    for k, claim in zip(places.tolist(), claims.tolist()):
+        name = data.names[codes.rows[k]]
         if name in seen or len(lines) == REVIEWED:
             continue
-        line = dict.fromkeys(COLUMNS, "")
-        line["image"] = name
-        line["why"] = why
-        label = int(part.given[k])
-        if label >= 0:
-            line["label"] = data.classes[label]
-        line["likeliest"] = data.classes[c]
-        line["sure"] = f"{float(part.q[k, c]):.4f}"
-        if like:
-            line["like"] = data.names[like[k]]
-        lines.append(line)
+        label = data.classes[codes.y[k]] if codes.given[k] else ""
+        lines.append({"image": name, "new_label": "", "why": why, "label": label,
+                      "likeliest": data.classes[claim], "sure": f"{float(q[k, claim]):.4f}"})
     return lines
-
-
-def new_labels(path) -> dict:
-    """The lines of a table that a person has written a new label into, by image."""
-    import common
-    if path is None or not Path(path).exists():
-        return {}
-    lines = common.read_table(Path(path), ["image", "new_label"])
-    return {line["image"]: line for line in lines if line["new_label"]}
 
 
 def draw_review(data, lines):
-    """The first of each kind, with what the percentages say."""
+    """The first of each kind that has some, with what the percentages say."""
     import common
-    fig = common.figure(13, 6)
+    kinds = list(dict.fromkeys(line["why"] for line in lines))
+    fig = common.figure(13, 0.5 + 2 * max(len(kinds), 1))
     legible = dict(zip(data.classes, common.legible(data.classes)))
     rows = {name: row for row, name in enumerate(data.names)}
-    for why, strip in zip(WHY, fig.subfigures(len(WHY), 1)):
+    if not kinds:
+        fig.suptitle("No label looks wrong, and every image has one", x=0.01, ha="left",
+                     fontsize=11, fontweight="bold")
+        return fig
+    strips = fig.subfigures(len(kinds), 1, squeeze=False)[:, 0]
+    for why, strip in zip(kinds, strips):
         shown = [line for line in lines if line["why"] == why]
-        count = f"{len(shown)} images" if shown else "none"
-        strip.suptitle(f"{why.capitalize()}: {count}", x=0.01, ha="left", fontsize=11,
-                       fontweight="bold")
+        strip.suptitle(f"{why.capitalize()}: {len(shown)} images", x=0.01, ha="left",
+                       fontsize=11, fontweight="bold")
         for axes, line in itertools.zip_longest(strip.subplots(1, 10), shown[:10]):
             if line is None:
                 axes.set_axis_off()
                 continue
-            pictures = [line["image"]]
             caption = f"{float(line['sure']):.0%} {legible[line['likeliest']]}"
-            if line["like"]:
-                pictures = [line["like"], line["image"]]
-                caption = "training, test"
-            elif line["label"]:
+            if line["label"]:
                 caption = f"{legible[line['label']]}; rather\n{caption}"
-            images = data.take(torch.tensor([rows[name] for name in pictures]))
-            common.show_images(axes, images, len(images), caption)
+            image = data.images[rows[line["image"]]]
+            common.show_images(axes, image[None], 1, caption)
     return fig
 
 
-def by_given_labels(labelled, validation, classes):
-    """q (N,K) of labelled images by the given labels of the others, and no spread ones."""
-    some = subsample(len(labelled.rows), 5000).to(labelled.rows.device)
-    posterior, _ = calibrated_on(validation, Aggregate, BANDWIDTHS, labelled.take(some),
-                                 classes)
-    return without_own(posterior, labelled, some)
-
-
-def review(run, data, train, validation, test):
-    """Write review.csv and review.png; what a person has filled in stays."""
+def review(run, data, codes, q, labelled_q):
+    """Write review.csv, which the next review replaces, and review.png."""
     import common
+    seen = set()
+    if run.labels_from:
+        lines = common.read_table(run.labels_from, ["image", "new_label"])
+        seen = {line["image"] for line in lines if line["new_label"]}
+    lines = findings(data, codes, q, labelled_q, seen)
     path = run.out / "review.csv"
-    filled_in = new_labels(path)
-    earlier = {**new_labels(run.labels_from), **filled_in}
-    labelled = train.take(train.given >= 0)
-    if len(labelled.rows) < len(train.rows):
-        # A label that was spread would come back from the neighbours.
-        q = by_given_labels(labelled, validation, len(data.classes))
-        labelled = labelled._replace(q=q)
-    agree = labelled.q.argmax(1) == labelled.given
-    print(f"percentages agree with {agree.float().mean():.0%} of the labels; review of "
-          "the others, as far as these can be trusted:")
-    lines = findings(data, train, labelled, test, earlier)
     common.write(run.out / "review.png", draw_review(data, lines))
-    table = [COLUMNS]
-    for line in [*earlier.values(), *lines]:
-        table.append([line.get(column) for column in COLUMNS])
-    time = path.stat().st_mtime_ns if filled_in else 0
-    common.write(path, table)
-    if filled_in and filled_in.keys() == earlier.keys():
-        os.utime(path, ns=(time, time))         # no new label in it: nothing for make to do
-    counts = collections.Counter(line["why"] for line in lines)
-    print(*(f"{why}: {counts[why]}" for why in WHY), sep=", ")
-    print(f"their classes, right or not, go into the column new_label of {path}; then:",
-          common.make_all(run, path), sep="\n")
+    common.write(path, [COLUMNS, *(line.values() for line in lines)])
+    agree = labelled_q.argmax(1) == codes.y[codes.given]
+    print(f"percentages agree with {agree.float().mean():.0%} of the labels; to look at:")
+    for why in (WRONG, TEACHING):
+        print(f"{why}: {sum(line['why'] == why for line in lines)}")
+    mine = run.labels_from or run.out / "labels.csv"
+    print(f"copy lines of {path} to {mine}, write the classes, right or not, into the column "
+          f"new_label; then: make all OUT={run.out}", sep="\n")
     print(run.out / "review.png")
 
 
-def report(metrics):
-    """What the percentages are worth, as a table."""
-    print(f"{'':15}  accuracy    NLL  Brier    ECE  95% interval")
+def report(metrics, speaking):
+    """What the percentages are worth, as a table; those that are used are marked."""
+    print(f"{'':17}  accuracy    NLL  Brier    ECE  95% interval")
     line = "{accuracy:10.1%} {nll:6.3f} {brier:6.3f} {ece:6.3f}  {low:.3f} to {high:.3f}"
     for name, scores in metrics.items():
         low, high = scores["ece_interval"]
-        print(f"{name:15}" + line.format(low=low, high=high, **scores))
+        mark = "* " if name == speaking else "  "
+        print(f"{mark}{name:15}" + line.format(low=low, high=high, **scores))
 
 
-def draw(data, train, posterior, metrics, generator):
-    """The map of a part, and what its percentages are worth."""
+def draw(data, codes, posterior, metrics, generator):
+    """The map of the codes, and what their percentages are worth."""
     import common
     fig = common.figure(11, 5.4)
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_reliability(right, metrics)
     classes = common.legible(data.classes)
-    given = (train.given >= 0).cpu()
-    draw_map(left, train.mu.cpu(), train.y.cpu(), classes, Aggregate(**stored(posterior)),
-             generator, given)
+    draw_map(left, codes.mu.cpu(), codes.y.cpu(), classes, restored(posterior.stored()),
+             generator, codes.given.cpu())
     return fig
+
+
+def say_spread(codes):
+    """What became of the images without a label."""
+    without = int((~codes.given).sum())
+    count = int((codes.y[~codes.given] >= 0).sum())
+    if count:
+        print(f"labels are spread to {count:,} of {without:,} images without one")
+    elif without:
+        print("the labels do not predict each other: none is spread to the "
+              f"{without:,} images without one, only labelled ones are used")
 
 
 def command(run, args):
     import common
-    from vae import VAE, Deformations, encode_all
+    from deform import Deformations
+    from vae import VAE, encode_all
     if args.image or args.point:
         return answer(run, args)
-    upstream = common.load(run, "vae", run.device, VAE.restore)
-    common.drop_checkpoint(run, "vae")
-    model = VAE.restore(upstream, run.device)
-    data = common.load_dataset(run, upstream)
+    upstream = common.load(run, "vae", run.device)
+    data = common.load_dataset(run)
     classes = len(data.classes)
+    model = VAE.restore(upstream, run.device)
+    encode = functools.partial(encode_all, model, amp=run.amp)
+    rows = upstream["rows"]
+    images = data.images[rows]
+    moves = None
+    if (data.labels[rows] < 0).any():
+        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+    codes = embed(*encode(images), rows, data.labels[rows], classes, images, moves)
+    say_spread(codes)
 
-    def encoded(name, rows):
-        rows = rows.to(run.device)
-        y = data.labels_of(rows)
-        return Part(name, rows, y, y, *encode_all(model, data.take(rows), run.amp))
+    known = codes.known()
+    known = known.some(subsample(len(known.y), args.codes).to(run.device))
+    validation = (*encode(data.images[data.validation]), data.labels[data.validation])
+    some = subsample(len(data.validation), 2000).to(run.device)
+    fitting = [part[some] for part in validation]
+    test = (*encode(data.test_images), data.test_labels)
+    calibrated, metrics = densities(known.labelled(), fitting, test, classes)
+    speaking = min(KINDS, key=lambda name: metrics[name]["validation_nll"])
+    posterior, choice, _ = calibrated[speaking]
+    kind, _ = KINDS[speaking]
+    own = functools.partial(left_out, kind, choice, posterior.temperature, classes=classes)
+    q = own(*codes.labelled())
+    tests = torch.arange(len(data.images), len(data.names))
+    parts = [Part("train", rows, data.labels[rows], codes.y, q),
+             Part("validation", data.validation, validation[2], validation[2],
+                  posterior(*validation[:2])),
+             Part("test", tests, test[2], test[2], posterior(*test[:2]))]
 
-    train = encoded("train", upstream["rows"])
-    deform = Deformations.restore(upstream, run.device)
-    train = train._replace(y=with_spread(train, data, deform))
-    validation = encoded("validation", common.split(data)[1])
-    fitting = validation.take(subsample(len(validation.rows), 2000))
-    every = len(data.names)
-    test = encoded("test", torch.arange(every - len(data.test_images), every))
-
-    some = (train.y >= 0).nonzero()[:, 0]
-    prior = train.y[some].bincount(minlength=classes) / len(some)
-    some = some[subsample(len(some), args.codes)]
-    known = train.take(some)
-    calibrated, shares, metrics = densities(known, prior, fitting, test)
-    posterior = calibrated["aggregate"]
-    validation = validation._replace(q=posterior(validation.mu, validation.logvar))
-    test = test._replace(q=shares["aggregate"])
-    # An image costs D times what a point does, and there may be many: fewer codes will do.
-    fewer = some[subsample(len(some), 5000)]
-    coarse = Aggregate.fit(*train.take(fewer).codes(), classes, metrics["aggregate"]["choice"])
-    coarse.temperature = posterior.temperature
-    train = train._replace(q=without_own(coarse, train, fewer))
-
-    generator = torch.Generator().manual_seed(args.seed)
-    picture = draw(data, train, posterior, metrics, generator)
+    generator = torch.Generator().manual_seed(run.seed)
+    picture = draw(data, codes, posterior, metrics, generator)
     common.write(run.out / "latent.png", picture)
-    common.write(run.out / "latent.csv", percentage_table(data, [train, validation, test]))
+    common.write(run.out / "latent.csv", percentage_table(data, parts))
     if args.review:
-        review(run, data, train, fitting, test)
-    for name, density in calibrated.items():
-        calibrated[name] = stored(density)
-    teacher = teach(*known.codes(), classes)
-    common.save(run.out / "latent.pt", run, data, metrics, [run.out / "vae.pt"],
-                mu=train.mu.cpu(), logvar=train.logvar.cpu(), labels=train.y.cpu(),
-                given=train.given.cpu() >= 0, q=train.q.cpu(), calibrated=calibrated,
-                teaching=stored(teacher))
-    print(f"{len(test.rows):,} test images, percentages fitted on {len(fitting.rows):,} "
-          "others")
-    report(metrics)
+        labelled_q = q[codes.given]
+        if not codes.given.all():       # a label that was spread would come back
+            given = codes.some(codes.given)
+            labelled_q = own(*given.labelled())
+        review(run, data, codes, q, labelled_q)
+    made_from = [run.out / "vae.pt", *([run.out / "deform.pt"] if moves else [])]
+    fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
+    common.save(run.out / "latent.pt", run, data, metrics, made_from, **fields, q=q.cpu(),
+                percentages=posterior.stored(), labeller=codes.posterior.stored())
+    print(f"{len(test[2]):,} test images, percentages fitted on {len(some):,} others; those "
+          "of the mark * are used")
+    report(metrics, speaking)
     print(run.out / "latent.png", run.out / "latent.csv", run.out / "latent.pt", sep="\n")
 
 

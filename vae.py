@@ -1,20 +1,16 @@
 """Train a variational autoencoder (VAE): the latent space that every other step lives in.
 
-What do the images look like, and how do they move? The second question is answered by random
-deformations, learned from the same images.
-
     python vae.py                                       # embedded glyphs -> runs/glyphs/vae.pt
     python vae.py --dataset mnist --images 1000            # learn from 1,000 images only
     python vae.py --dataset mnist --labels 100             # the others without their label
     python vae.py --dataset photos --image-size 48 --latent-dim 32 --steps 4000
 
-Reads:  a data set.
-Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt until the next step has begun.
+Reads:  a data set; deform.pt, if it is there, says which.
+Writes: vae.pt vae.json vae.png, vae.log.jsonl; vae.last.pt while it is unfinished.
 """
 import copy
 import math
 import time
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +104,29 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     return highest * min(up, down)
 
 
+def steps_for(n: int) -> int:
+    """Optimiser steps that n images are worth."""
+    if n <= 1000:
+        return 600
+    return 1500 if n <= 10_000 else 3000
+
+
+def train(images, seed=0, *, latent_dim=16, steps=None, batch_size=64, beta=1.0, lr=3e-3,
+          rounds=10, amp=False, state=None, rank=0, ranks=1):
+    """A VAE of images as `as_input` accepts -> the model, and the rows of its training.
+
+    Nothing is trained before the rows are asked for: `for row in rows`, see `fit`. The ranks
+    of a process group, which the caller has made, share each batch.
+    """
+    torch.manual_seed(seed)             # the initial weights
+    model = VAE(*images.shape[1:], latent_dim=latent_dim).to(images.device)
+    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
+    rows = fit(net, batches(images, batch_size // ranks), steps=steps or steps_for(len(images)),
+               lr=lr, beta=beta, rounds=rounds, amp=amp, generator=generator, state=state)
+    return model, rows
+
+
 def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, rounds=10,
         amp=False, state=None):
     """Maximise the ELBO on batches `next_batch(generator) -> x (B,C,H,W)`; a dict per round.
@@ -122,6 +141,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
     optimiser = torch.optim.Adam(model.parameters(), lr, betas=(momentum, 0.99), fused=True)
     first = 0
     if state:
+        state = copy.deepcopy(state)    # the optimiser would go on in the caller's tensors
         model.load_state_dict(state["model"])
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
         generator.set_state(state["generator"])
@@ -160,7 +180,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
 
 
 def batches(images, size):
-    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from images as of `as_input`."""
+    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from images as `as_input` accepts."""
     def next_batch(generator):
         rows = torch.randint(len(images), (size,), device=images.device, generator=generator)
         return as_input(images[rows])
@@ -205,7 +225,7 @@ def decode_all(model, z, amp=False, batch=1000):
 
 @torch.no_grad()
 def evaluate(model, images, *, generator, amp=False, batch=1000):
-    """Reconstruction and KL in nats per image of images as of `as_input`, one z drawn each."""
+    """Reconstruction and KL in nats per image of images as `as_input` accepts, one z drawn each."""
     sums = torch.zeros(2, device=images.device)
     for chunk in images.split(batch):
         x = as_input(chunk)
@@ -217,412 +237,29 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
 
-# ---- deformations: how images of one class move into each other -----------------------------
-
-NODES = 5                               # a side of the grid that bends a flow
-LEVELS = ((2, 1.25), (2, 0.75), (1, 0.8))       # of registration: side of a pixel, then a blur
-MARGIN = 0.005                          # nats per image: a smaller gain is none
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# What `proof` tries: a strength, and whether images are mirrored; the last one mirrors only.
-CHOICES = [*((strength, False) for strength in STRENGTHS), (0.0, True)]
-
-
-@dataclass(eq=False)
-class Deformations:
-    """Random flows s B w, w ~ N(0, I), learned from images: a latent space of movements.
-
-    A flow is linear in 56 numbers: an affine map, and a smooth displacement on a grid. Those
-    that bring images of one class into register have a Gaussian, with B its square root; its
-    mean is left out, so that an image stays where it is on average (compare Hauberg et al.
-    2016, Dreaming more data). The images also say how strong, s, and whether mirror images
-    are of the same kind; see `fit`. As a transform, (x, q, generator) -> (x, q), it
-    deforms each image of a batch in its own way, and leaves the probabilities.
-    """
-    directions: torch.Tensor            # B (56,R), the widest first
-    height: int
-    width: int
-    strength: float = 1.0               # s in [0,1]
-    mirror: bool = False
-    nll: list | None = None             # what `proof` said of each choice, of a fitted one
-
-    @classmethod
-    def fit(cls, images, y, generator, most=1000):
-        """From images (N,C,H,W) as of `as_input` and labels y (N,), at most so many of them.
-
-        The strength is the one under which held-out images are predicted best (`proof`), if
-        the gain is above MARGIN; mirror images are allowed if their gain is above two standard
-        errors, too. Without two images of one class nothing moves.
-        """
-        order = torch.randperm(len(images), device=images.device, generator=generator)
-        rows = order[:most]
-        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
-        x = small(x)
-        y = y[rows].long()
-        i, j = same_class_pairs(y, generator)
-        v = register(x[i], x[j])
-        losses = proof(x, y, i, j, v, generator)
-        nll = losses.mean(0).tolist()
-        least, strength = min(zip(nll, STRENGTHS))      # zip leaves out the mirrored one
-        if nll[0] - least < MARGIN:
-            strength = 0.0
-        gain = losses[:, 0] - losses[:, -1]
-        error = gain.std(correction=0) / len(gain) ** 0.5
-        mirror = gain.mean() > max(MARGIN, 2 * error)
-        return cls(square_root(v), *images.shape[2:], strength, bool(mirror), nll)
-
-    @classmethod
-    def restore(cls, saved: dict, device="cpu"):
-        """The deformations of a loaded vae.pt."""
-        deform = cls(**saved["deformations"])
-        deform.directions = deform.directions.to(device)
-        return deform
-
-    def fields(self) -> dict:
-        """As plain tensors and numbers: Deformations(**fields) equals it."""
-        return dict(directions=self.directions.cpu(), height=self.height, width=self.width,
-                    strength=self.strength, mirror=self.mirror)
-
-    def words(self) -> str:
-        """What it does, for people."""
-        mirrored = ", mirrored or not" if self.mirror else ""
-        if self.strength > 0:
-            return f"deformations of strength {self.strength:g}{mirrored}"
-        return f"no deformations{mirrored}"
-
-    def moves(self) -> bool:
-        """Does it change any image?"""
-        return self.strength > 0 or self.mirror
-
-    def flow(self, w):
-        """w (B,R) -> flows (B,H,W,2)."""
-        v = self.strength * w @ self.directions.T
-        v = v.unflatten(1, (2, -1))     # to the right, and down
-        return flow_of(v, self.height, self.width)
-
-    def sample(self, count, generator):
-        """Random flows (count,H,W,2)."""
-        rank = self.directions.shape[1]
-        device = self.directions.device
-        return self.flow(torch.randn(count, rank, device=device, generator=generator))
-
-    def repertoire(self, count, generator):
-        """Flows (count,H,W,2) for images that stay what they are: a part 1-s is none, and
-        where mirror images are of the same kind, half of them mirror.
-        """
-        flows = self.sample(count, generator)
-        chance = torch.rand(2, count, 1, 1, 1, device=flows.device, generator=generator)
-        flows = flows.where(chance[0] < self.strength, torch.zeros(()))
-        if self.mirror:
-            # At p lies the image at -p + flow(-p), seen from the middle.
-            turned = flows.flip(2) + mirror_flow(self.height, self.width, flows.device)
-            flows = flows.where(chance[1] < 0.5, turned)
-        return flows
-
-    def __call__(self, x, q, generator):
-        """x (B,C,H,W) in [0,1], q (B,K) -> each image deformed, q as it is."""
-        if self.mirror:
-            chance = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
-            x = torch.where(chance < 0.5, x.flip(3), x)
-        if self.strength > 0 and len(x):                # a batch may hold none of a kind
-            x = warp(x, self.sample(len(x), generator))
-        return x, q
-
-    def distances(self, images, near):
-        """Squared distances (N,k) from images (N,C,H,W) as of `as_input` to those in the rows
-        near (N,k), once each has come as close to them as a deformation brings it.
-
-        The tangent distance (Simard et al. 1993): a deformation w moves an image along its
-        tangents, by `tangents`, and costs |w|^2, so that the likelier ones are free to act.
-        """
-        x = torch.cat([coarse(part) for part in images.split(1000)])
-        pixels = x.flatten(1)
-        # What no deformation explains, per pixel: half of what is between nearest images.
-        some = torch.linspace(0, len(x) - 1, min(len(x), 1000), device=x.device).long()
-        noise = (pixels[near[some, 0]] - pixels[some]).square().mean() / 2 + 1e-6
-        parts = []
-        for rows in torch.arange(len(x), device=x.device).split(250):
-            difference = pixels[near[rows]] - pixels[rows, None]            # (B,k,P)
-            tangent = tangents(x[rows], self.strength * self.directions)    # (B,P,R)
-            along = difference @ tangent
-            square = tangent.mT @ tangent
-            square.diagonal(dim1=1, dim2=2).add_(noise)
-            w = torch.linalg.solve(square, along.mT).mT                     # least squares
-            explained = (along * w).sum(2)
-            left = difference.square().sum(2) - explained
-            parts.append(left.clamp(min=0))             # rounding may leave it below
-        return torch.cat(parts)
-
-
-def flow_functions(height, width, device=None):
-    """What flows are sums of (28,H,W): x, y, 1, and a smooth bump for each node of a grid."""
-    down = places_along(height, device)
-    right = places_along(width, device)
-    y, x = torch.meshgrid(down, right, indexing="ij")
-    affine = torch.stack([x, y, torch.ones_like(x)])
-    nodes = torch.eye(NODES ** 2, device=device)        # one image a node, 1 there and 0 else
-    nodes = nodes.view(-1, 1, NODES, NODES)
-    bumps = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True)
-    return torch.cat([affine, bumps[:, 0]])
-
-
-def places_along(side, device):
-    """The middles of the pixels of a side, which leads from -1 to 1."""
-    pixel = torch.arange(side, device=device) + 0.5
-    return pixel / side * 2 - 1
-
-
-def flow_of(v, height, width):
-    """Coefficients v (B,2,28), to the right and down, in half sides -> flow (B,H,W,2)."""
-    functions = flow_functions(height, width, v.device).flatten(1)
-    flow = (v @ functions).unflatten(2, (height, width))
-    return flow.permute(0, 2, 3, 1) * half_sides(height, width, v.device)
-
-
-def half_sides(height, width, device):
-    return torch.tensor([width / 2, height / 2], device=device)
-
-
-def mirror_flow(height, width, device=None):
-    """The flow (H,W,2) that turns left to right."""
-    right = torch.arange(width, device=device)
-    turn = width - 1.0 - 2 * right
-    row = torch.stack([turn, torch.zeros_like(turn)], 1)
-    return row.expand(height, width, 2)
-
-
-def warp(x, flow):
-    """x (B,C,H,W) as seen through flow (B,H,W,2) in pixels, the border continued.
-
-    The image at p + flow(p) is what is seen at p.
-    """
-    height, width = x.shape[2:]
-    still = torch.eye(2, 3, device=x.device)[None]
-    places = F.affine_grid(still, [1, 1, height, width], align_corners=False)
-    places = places + flow / half_sides(height, width, x.device)
-    return F.grid_sample(x, places, padding_mode="border", align_corners=False)
-
-
-def coarse(images):
-    """Images as of `as_input` -> grey ones (B,1,h,w), half the side, so smooth that small
-    flows change them in proportion.
-    """
-    x = small(as_input(images).mean(1, keepdim=True))
-    return F.avg_pool2d(blur(x, 1), 2)
-
-
-def tangents(x, directions):
-    """How images x (B,1,H,W) change along directions (56,R) of flows: (B,H W,R)."""
-    height, width = x.shape[2:]
-    framed = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    right = (framed[:, 0, 1:-1, 2:] - framed[:, 0, 1:-1, :-2]).flatten(1) / 2
-    down = (framed[:, 0, 2:, 1:-1] - framed[:, 0, :-2, 1:-1]).flatten(1) / 2
-    functions = flow_functions(height, width, x.device).flatten(1)          # (28,H W)
-    moves = functions.T @ directions.unflatten(0, (2, -1))                  # (2,H W,R)
-    across, along = moves * half_sides(height, width, x.device)[:, None, None]
-    return right[:, :, None] * across + down[:, :, None] * along
-
-
-def blur(x, sigma):
-    """x (B,C,H,W) under a Gaussian of so many pixels, the border continued."""
-    reach = math.ceil(2.5 * sigma)
-    channels = x.shape[1]
-    steps = torch.arange(-reach, reach + 1, device=x.device)
-    bell = (-0.5 * (steps / sigma) ** 2).exp()
-    row = (bell / bell.sum()).expand(channels, 1, 1, -1)
-    x = F.pad(x, [reach] * 4, mode="replicate")
-    # A Gaussian is separable: along the rows, then along the columns.
-    x = F.conv2d(x, row, groups=channels)
-    return F.conv2d(x, row.transpose(2, 3), groups=channels)
-
-
-@torch.enable_grad()
-def register(target, moving, steps=60):
-    """Coefficients v (B,2,28) of flows with warp(moving, flow_of(v, H, W)) close to target.
-
-    target, moving (B,C,H,W), float. All pairs at once, from coarse to fine, by Adam on the
-    mean square of the difference and what holds the flow back, `stiffness`.
-    """
-    target = small(target)
-    moving = small(moving)
-    v = torch.zeros(len(target), 2, 3 + NODES ** 2, device=target.device, requires_grad=True)
-    optimiser = torch.optim.Adam([v], betas=(0.9, 0.99))
-    step = 0
-    for scale, sigma in LEVELS:
-        source = blur(F.avg_pool2d(moving, scale), sigma)
-        goal = blur(F.avg_pool2d(target, scale), sigma)
-        for _ in range(steps // len(LEVELS)):
-            for group in optimiser.param_groups:
-                group["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
-            seen = warp(source, flow_of(v, *source.shape[2:]))
-            error = (seen - goal).square().mean((1, 2, 3))
-            optimiser.zero_grad()
-            (error + stiffness(v)).sum().backward()     # the pairs have nothing in common
-            optimiser.step()
-            step += 1
-    return v.detach()
-
-
-def small(x):
-    """x (B,C,H,W) with at most 32 pixels a side: flows are as smooth in fewer pixels."""
-    factor = math.ceil(max(x.shape[2:]) / 32)
-    return F.avg_pool2d(x, factor)
-
-
-def stiffness(v):
-    """What a flow costs (B,): the square of its affine map, the differences in its grid."""
-    affine = v[:, :, :3].square().sum((1, 2))
-    grid = v[:, :, 3:].unflatten(2, (NODES, NODES))
-    across = grid.diff(dim=2).square().mean((1, 2, 3))
-    along = grid.diff(dim=3).square().mean((1, 2, 3))
-    return 0.02 * affine + 0.6 * (across + along)
-
-
-class Morph:
-    """Pairs of images in register, and where their parts are on the way between the two.
-
-    `strength`: they come so far towards each other, 1 all the way; that of the deformations,
-    so that nothing moves further than images of its kind do.
-    """
-
-    def __init__(self, first, second, strength=1.0, batch=1000):
-        """first, second (P,C,H,W), float."""
-        parts = []
-        for a, b in zip(first.split(batch), second.split(batch)):
-            target = a.mean(1, keepdim=True)            # where, not which colour
-            moving = b.mean(1, keepdim=True)
-            parts.append(register(target, moving))
-        self.v = strength * torch.cat(parts)            # (P,2,28), of second towards first
-
-    def __call__(self, first, second, rows, t):
-        """Of some pairs (M,) what belongs to each image (M,C,H,W), moved to where both meet.
-
-        t (M,) in [0,1]: at 1 first stays as it is and second lies on it, at 0 the reverse.
-        """
-        flow = flow_of(self.v[rows], *first.shape[2:])
-        t = t[:, None, None, None]
-        return warp(first, (t - 1) * flow), warp(second, t * flow)
-
-
-def square_root(v):
-    """B (56,56) of coefficients v (P,2,28): B w, w ~ N(0, I), has their second moments about
-    the mean. Its columns are the principal directions, the widest first.
-    """
-    v = v.flatten(1)
-    if len(v):
-        v = v - v.mean(0)
-    covariance = v.T @ v / max(len(v), 1)
-    variances, axes = torch.linalg.eigh(covariance)
-    return (axes * variances.clamp(min=0).sqrt()).flip(1)
-
-
-def same_class_pairs(y, generator, each=10, most=3000):
-    """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
-    share = math.ceil(most / max(len(y), 1))
-    each = min(each, share, len(y))
-    alike = (y[:, None] == y).fill_diagonal_(False)
-    numbers = torch.rand(alike.shape, device=y.device, generator=generator)
-    # Random numbers lie in [0, 1): with 1 added, one's own class comes before the others.
-    j = (numbers + alike).topk(each, dim=1).indices
-    i = torch.arange(len(y), device=y.device)
-    i = i[:, None].expand_as(j)
-    kept = alike.gather(1, j)           # a small class has fewer
-    return i[kept], j[kept]
-
-
-def proof(x, y, i, j, v, generator, splits=10, most=150):
-    """How well does half of the images, deformed, predict the other half?
-
-    x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. -> NLL in nats per image, a row
-    for each of random halves, a column for each of CHOICES. Of a half only flows of pairs
-    inside it count, and `most` images.
-    """
-    x = blur(x, 1)                      # the neighbour a pixel further counts, too
-    rows = []
-    for _ in range(splits):
-        first = random_half(y, generator)
-        for half in (first, ~first):
-            inside = half[i] & half[j]
-            if inside.any():
-                known = half.nonzero()[:most, 0]
-                asked = (~half).nonzero()[:most, 0]
-                directions = square_root(v[inside])
-                rows.append(held_out_nll(x, y, known, asked, directions, generator))
-    if not rows:                        # no half has a pair: every choice is as good
-        return torch.zeros(1, len(CHOICES))
-    return torch.tensor(rows)
-
-
-def held_out_nll(x, y, known, asked, directions, generator, copies=10):
-    """NLL of `asked` images, predicted from deformed copies of `known` ones, by choice.
-
-    The random numbers are the same for each, so that only the choice makes a difference.
-    """
-    rows = known.repeat(copies)
-    state = generator.get_state()
-    losses = []
-    for choice in CHOICES:
-        generator.set_state(state)
-        deform = Deformations(directions, *x.shape[2:], *choice)
-        seen, _ = deform(x[rows], None, generator)
-        losses.append(kernel_nll(seen, y[rows], x[asked], y[asked]))
-    return losses
-
-
-def random_half(y, generator):
-    """(N,) bool: half of each class, at random; of an odd one the smaller half."""
-    shuffled = torch.randperm(len(y), device=y.device, generator=generator)
-    order = shuffled[y[shuffled].argsort(stable=True)]              # by class
-    counts = y.bincount()
-    start = (counts.cumsum(0) - counts)[y[order]]
-    place = torch.arange(len(y), device=y.device) - start
-    half = torch.empty(len(y), dtype=torch.bool, device=y.device)
-    half[order] = place < counts[y[order]] // 2
-    return half
-
-
-def kernel_nll(x, y, asked, asked_y, floor=0.02):
-    """NLL of labels under a kernel classifier of images x (N,C,H,W), y (N,), in nats.
-
-    Its bandwidth is the best of a few, up to one that knows nothing: else what blurs would
-    seem to help where nothing can be known. A part `floor` is spread over the classes.
-    """
-    classes = int(max(y.max(), asked_y.max())) + 1
-    square = torch.cdist(asked.flatten(1), x.flatten(1)).square()
-    nearest = square.amin(1).median().clamp(min=1e-12)
-    one_hot = F.one_hot(y, classes).float()
-    losses = []
-    for factor in (0.05, 0.1, 0.2, 0.4, 1, 100):
-        weight = (-square / (2 * factor * nearest)).softmax(1)
-        q = (1 - floor) * weight @ one_hot + floor / classes
-        losses.append(F.nll_loss(q.log(), asked_y))
-    return min(losses).item()
-
-
 # ---- command --------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     from common import flags, number
     parser = flags("vae.py", __doc__)
     add = parser.add_argument_group("the model and its training").add_argument
-    add("--images", type=number(int, 1),
-        help="number of labelled training images to learn from, equal numbers per class; if "
-        "not given, all but the tenth kept for validation; besides those without a label")
     add("--latent-dim", type=number(int, 1, 512), default=16, help="latent size D")
     add("--beta", type=number(float, 0, 1000), default=1.0,
         help="weight of the KL term")
-    add("--steps", type=number(int, 1), default=1500, help="number of optimiser steps")
-    add("--batch-size", type=number(int, 1), default=128, help="images per step")
+    add("--steps", type=number(int, 1),
+        help="number of optimiser steps; if not given, 600 to 3000 by the number of images")
+    add("--batch-size", type=number(int, 1), default=64, help="images per step")
     add("--lr", type=number(float, 0, 10), default=3e-3, help="highest learning rate")
     add("--resume", action="store_true",
         help="go on from vae.last.pt, if there is one that fits")
     return parser.parse_args(argv)
 
 
-def draw(history, model, deform, images, data, amp, generator):
-    """The curve, reconstructions of test images, samples from the prior, deformed images."""
+def draw(history, model, images, amp, generator):
+    """The curve, reconstructions of images (N,C,H,W), samples from the prior."""
     import common
-    fig = common.figure(16, 4.2)
-    curve, recon, prior, moves = fig.subplots(1, 4, width_ratios=[1.25, 1, 1, 1])
+    fig = common.figure(13, 4.4)
+    curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
     steps = [row["step"] for row in history]
     common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats per image")
     curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
@@ -631,7 +268,7 @@ def draw(history, model, deform, images, data, amp, generator):
                color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
-    x = data.test_images[common.spaced(len(data.test_images), 32)]
+    x = images[common.spaced(len(images), 32)]
     mu, _ = encode_all(model, x, amp)
     both = torch.stack([x / 255, decode_all(model, mu, amp)])
     rows = both.unflatten(1, (4, 8)).transpose(0, 1)
@@ -643,43 +280,31 @@ def draw(history, model, deform, images, data, amp, generator):
     z = torch.randn(64, dim, device=x.device, generator=generator)
     common.tidy(prior, "What does it imagine?")
     common.show_images(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
-
-    still = as_input(images[common.spaced(len(images), 8)])
-    moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
-    moved = moved.unflatten(0, (8, 7))
-    rows = torch.cat([still[:, None], moved], 1)
-    common.tidy(moves, "How may they move?")
-    common.show_images(moves, rows.flatten(0, 1), 8,
-                       f"a training image, then {deform.words()}")
     return fig
 
 
 def command(run, args):
     import common
     data = common.load_dataset(run)
-    rows, validation = common.split(data)
-    if args.images is not None:
-        rows = common.subset(data, rows, args.images, args.seed)
-        common.say_if_few(args.images, data)
-    labelled = len(rows)
-    labels = data.labels[rows]
-    without = torch.arange(len(data.unlabelled)) + len(data.images)
-    rows = torch.cat([rows, without])   # those with a label come first
-    images = data.take(rows)
-    validation = data.images[validation]
-    torch.manual_seed(args.seed)                        # the initial weights
-    model = VAE(*data.images.shape[1:], latent_dim=args.latent_dim).to(run.device)
-    net, size, generator = common.distribute(model, run, args.batch_size)
+    rows = common.training_rows(data, run)
+    common.require(args.batch_size % common.RANKS == 0,
+                   f"--batch-size is no multiple of the {common.RANKS} ranks")
+    images = data.images[rows]
+    validation = data.images[data.validation]
+    steps = args.steps or steps_for(len(images))
 
     def score(part):
         """The ELBO of at most 10,000 images, the same noise every time."""
-        fresh = torch.Generator(run.device).manual_seed(args.seed + 1)
+        fresh = torch.Generator(run.device).manual_seed(run.seed + 1)
         some = common.spaced(len(part), min(len(part), 10_000))
         return evaluate(model, part[some], generator=fresh, amp=run.amp)
 
-    last = common.Checkpoint(run, "vae", data, args.steps, args.resume, net)
-    for row in fit(net, batches(images, size), steps=args.steps, lr=args.lr, beta=args.beta,
-                   amp=run.amp, generator=generator, state=last.state):
+    last = common.Checkpoint(run, "vae", data, steps, args.resume)
+    model, training = train(images, run.seed, latent_dim=args.latent_dim, steps=steps,
+                            batch_size=args.batch_size, beta=args.beta, lr=args.lr,
+                            amp=run.amp, state=last.state, rank=common.RANK,
+                            ranks=common.RANKS)
+    for row in training:
         if common.RANK == 0:            # the first rank reports and writes
             row["validation"] = score(validation)["negative_elbo"]
             last.keep(row, f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats "
@@ -687,24 +312,19 @@ def command(run, args):
     if common.RANK > 0:
         return
 
-    fresh = torch.Generator(run.device).manual_seed(args.seed)
-    deform = Deformations.fit(images[:labelled], labels, fresh)
-    *nll, mirrored = deform.nll
-    tried = {"strengths": list(STRENGTHS), "nll": nll, "nll_mirrored": mirrored}
     metrics = {"train": score(images), "test": score(data.test_images),
-               "proof": tried,
-               "strength": deform.strength, "mirror": deform.mirror,
                "history": last.history}
-    picture = draw(last.history, model, deform, images, data, run.amp, generator)
+    fresh = torch.Generator(run.device).manual_seed(run.seed)
+    picture = draw(last.history, model, data.test_images, run.amp, fresh)
     common.write(run.out / "vae.png", picture)
-    common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows,
-                model=model.cpu().state_dict(), deformations=deform.fields())
-    if len(without):
-        print(f"learnt from {labelled:,} images with a label, {len(without):,} without")
+    common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows.cpu(),
+                model=model.cpu().state_dict())
+    without = int((data.labels[rows] < 0).sum())
+    if without:
+        print(f"learnt from {len(rows) - without:,} images with a label, {without:,} without")
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
-    print(f"what an image may become: {deform.words()}, as held-out images decided")
     if metrics["test"]["kl"] < 0.1:
         print("the latent space has collapsed: KL below 0.1 nats; "
               "lower --beta, or train longer")

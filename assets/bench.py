@@ -34,7 +34,7 @@ import common       # noqa: E402
 import latent       # noqa: E402
 import vae          # noqa: E402
 
-SCRIPTS = ("vae.py", "latent.py", "hybrids.py", "cnn.py", "compare.py")
+SCRIPTS = ("deform.py", "vae.py", "latent.py", "hybrids.py", "cnn.py", "compare.py")
 TICKS = {"seconds": (2, 5, 10, 20, 50, 100), "mebibytes": (800, 1000, 1200, 1500, 2000, 3000)}
 
 
@@ -237,7 +237,7 @@ def make_set(folder, data, count, classes):
 
 
 def chain_cost(folder, path, latent_dim, threads):
-    """{script: seconds and peak memory (MiB)} of the five steps, with their default flags; the
+    """{script: seconds and peak memory (MiB)} of the six steps, with their default flags; the
     comparison is of one subset of 900 images, in a process of one thread.
     """
     out = folder / f"{path.stem}-{latent_dim}"
@@ -245,8 +245,10 @@ def chain_cost(folder, path, latent_dim, threads):
     for script in SCRIPTS:
         words = [sys.executable, str(ASSETS.parent / script), "-o", str(out), "--quiet",
                  "--threads", str(threads)]
+        if script == "deform.py":
+            words += ["--dataset", str(path)]
         if script == "vae.py":
-            words += ["--dataset", str(path), "--latent-dim", str(latent_dim)]
+            words += ["--latent-dim", str(latent_dim)]
         if script == "compare.py":
             words += ["--sizes", "900", "--seeds", "1", "--latent-dim", str(latent_dim)]
         start = time.perf_counter()
