@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Letters: B batch, C×H×W image, K classes.  x (B,C,H,W) in [0,1], q (B,K) probabilities.
+# Letters: B batch, C×H×W image, F features, K classes.  x (B,C,H,W) in [0,1], or features
+# (B,F); q (B,K) probabilities.
 GIVEN = 1 / 8                           # of a batch's real images, where labels are spread
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # up to so many images; then 2400
 
@@ -102,48 +103,77 @@ class CNN(nn.Module):
         self.head = nn.Linear(inputs, classes)
         self.to(memory_format=torch.channels_last)      # a third faster, in float32 too
 
-    @classmethod
-    def restore(cls, saved: dict, device="cpu"):
-        """The model of a loaded cnn.pt, ready to predict."""
-        model = cls(**saved["config"]).to(device)
-        model.load_state_dict(saved["model"])
-        return model.eval()
-
     def forward(self, x):
         # Grey in the middle is 0, as what is padded is.
-        return self.head(self.features(x - 0.5).amax((2, 3)))
+        x = (x - 0.5).contiguous(memory_format=torch.channels_last)
+        return self.head(self.features(x).amax((2, 3)))
 
 
-def steps_for(n: int, channels: int, unlabelled: int = 0) -> int:
-    """Optimiser steps that n labelled images are worth, twice as many in colour.
+class LinearClassifier(nn.Module):
+    """Logistic regression: features (B,F) -> logits (B,K); `l2` holds its weights back."""
+
+    def __init__(self, features: int, classes: int, l2: float = 0.03):
+        super().__init__()
+        self.config = dict(features=features, classes=classes, l2=l2)
+        self.head = nn.Linear(features, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def penalty(model):
+    """What the weights of a model cost, beside the loss, in nats."""
+    model = getattr(model, "module", model)             # of DistributedDataParallel
+    l2 = model.config.get("l2", 0)
+    return l2 / 2 * model.head.weight.square().sum() if l2 else 0
+
+
+def restore(saved: dict, device="cpu"):
+    """The model of a loaded cnn.pt, ready to predict."""
+    kind = LinearClassifier if "features" in saved["config"] else CNN
+    model = kind(**saved["config"]).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def steps_for(images, n=None, unlabelled: int = 0) -> int:
+    """Optimiser steps that n labelled images like these are worth, twice as many in colour.
 
     Others without a label count as well, up to 1,000 images.
     """
+    n = len(images) if n is None else n
     n = max(n, min(n + unlabelled, 1000))
     steps = 2400
     for size in reversed(STEPS):
         if n <= size:
             steps = STEPS[size]
-    return 2 * steps if channels == 3 else steps
+    if images.dim() == 2:               # one layer has learnt enough by then
+        return min(steps, 800)
+    return 2 * steps if images.shape[1] == 3 else steps
 
 
 def train(images, q, seed=0, *, made=None, pseudo_labelled=None, move=None, mix=None,
           share=(1.0, 0.0), augmentations=(), width=24, steps=None, batch_size=64, lr=3e-3,
           weight_decay=0.05, rounds=10, amp=False, state=None, rank=0, ranks=1):
-    """A CNN of labelled images, q (N,K) -> the model, and the rows of its training.
+    """A classifier of labelled images, q (N,K) -> the model, and the rows of its training.
 
     See `batches` for what it sees. Nothing is trained before the rows are asked for: `for row
     in rows`, see `fit`. The ranks of a process group, which the caller has made, share each
     batch.
     """
-    channels, height, side = images.shape[1:]
     torch.manual_seed(seed)             # the initial weights
-    model = CNN(channels, q.shape[1], width, max(height, side)).to(images.device)
+    channels, *sides = images.shape[1:]
+    if sides:
+        model = CNN(channels, q.shape[1], width, max(sides)).to(images.device)
+    else:                               # features, not channels
+        model = LinearClassifier(channels, q.shape[1]).to(images.device)
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
     next_batch = batches((images, q), batch_size // ranks, made, mix, share, augmentations,
                          move, pseudo_labelled)
-    rows = fit(net, next_batch, steps=steps or steps_for(len(images), channels), lr=lr,
+    rows = fit(net, next_batch, steps=steps or steps_for(images), lr=lr,
                weight_decay=weight_decay, rounds=rounds, amp=amp, generator=generator,
                state=state)
     return model, rows
@@ -187,8 +217,8 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
                 group["lr"] = learning_rate(step, steps, lr)
             x, q = next_batch(generator, step / steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = model(x.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), q)
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), q) + penalty(model)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -208,7 +238,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
 
 @torch.no_grad()
 def predict(model, images, amp=False, batch=200):
-    """Logits float32 (N,K) of images (N,C,H,W): uint8, or floats in [0,1]."""
+    """Logits float32 (N,K) of images (N,C,H,W), uint8 or in [0,1], or of features (N,F)."""
     training = model.training
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
@@ -220,9 +250,11 @@ def predict(model, images, amp=False, batch=200):
 def as_input(images):
     """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Raises ValueError for other ranges; uint8 needs no look.
+    Features (B,F) -> float32. Raises ValueError for other ranges; uint8 needs no look.
     """
     x = images.float()
+    if x.dim() == 2:
+        return x
     if not images.is_floating_point():
         x = x / 255
     if images.dtype != torch.uint8 and len(x):          # a batch may hold none of a kind
@@ -369,7 +401,7 @@ def mixup(x, q, generator, alpha=math.inf):
     """A convex combination of two images and their labels (Zhang et al. 2018), or halves."""
     t = random_beta(x, alpha, generator)[:, None]
     other = torch.randperm(len(x), device=x.device, generator=generator)
-    w = t[..., None, None]
+    w = t.view(-1, *[1] * (x.dim() - 1))
     return w * x + (1 - w) * x[other], t * q + (1 - t) * q[other]
 
 
@@ -468,11 +500,12 @@ def answer(run, path):
     """Print the percentages of a picture, or those of a folder's pictures as CSV."""
     import common
     saved = common.load(run, "cnn")
-    model = CNN.restore(saved)
+    model = restore(saved)
     classes = saved["dataset"]["classes"]
+    read = common.reader(run, saved, saved.get("mean"), saved.get("scale"))
 
     def percentages(file):
-        image, report = common.read_like(file, saved["dataset"])
+        image, report = read(file)
         q = predict(model, image).softmax(1)
         return q[0], report
 
@@ -480,7 +513,7 @@ def answer(run, path):
         q, report = percentages(path)
         print(report, common.ranking(q, classes), sep="\n")
         return
-    files = common.pictures_in(path, [])
+    files = common.pictures_in(path)
     common.require(files, f"{path} holds no images ({' '.join(common.IMAGE_FILES)})")
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(common.columns(["file", "likeliest"], classes))
@@ -502,13 +535,13 @@ def one_hot(y, classes):
     return F.one_hot(y, classes).float()
 
 
-def with_hybrids(run, data, rows, sources) -> dict:
+def with_hybrids(run, data, rows, inputs, sources) -> dict:
     """What `train` is given besides labelled images; notes the files that it comes from."""
     import common
     from deform import Deformations
     made = common.load(run, "hybrids", run.device)
     sources.append(run.out / "hybrids.pt")
-    given = {"made": (made["images"], made["q"])}
+    given = {"made": (made["features" if "features" in made else "images"], made["q"])}
     if made["settings"]["deform"]:
         saved = common.load(run, "deform", run.device)
         given["move"] = Deformations.restore(saved, run.device).gently
@@ -518,7 +551,7 @@ def with_hybrids(run, data, rows, sources) -> dict:
         guessed = ~saved["given"] & (saved["y"] >= 0)
         if guessed.any():
             q = one_hot(saved["y"][guessed], len(data.classes))
-            given["pseudo_labelled"] = (data.images[saved["rows"][guessed]], q)
+            given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
     return given
 
 
@@ -534,9 +567,10 @@ def command(run, args):
     data = common.load_dataset(run)
     rows = common.training_rows(data, run)
     labelled = rows[data.labels[rows] >= 0]
-    steps = args.steps or steps_for(len(labelled), data.images.shape[1],
-                                    len(rows) - len(labelled))
-    given = with_hybrids(run, data, rows, sources) if any(share) else {}
+    inputs = common.Inputs(data, rows)
+    images = inputs[labelled]           # or features
+    steps = args.steps or steps_for(images, len(labelled), len(rows) - len(labelled))
+    given = with_hybrids(run, data, rows, inputs, sources) if any(share) else {}
     augmentations = [augment] if args.augment else []
     if args.deform:
         saved = common.load(run, "deform", run.device)
@@ -548,11 +582,11 @@ def command(run, args):
     marks = [common.fingerprint(source) for source in sources]
     last = common.Checkpoint(run, "cnn", data, steps, args.resume, made_from=marks)
     model, training = train(
-        data.images[labelled], one_hot(data.labels[labelled], len(data.classes)), run.seed,
+        images, one_hot(data.labels[labelled], len(data.classes)), run.seed,
         **given, share=share, augmentations=augmentations, width=args.width, steps=steps,
         batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, amp=run.amp,
         state=last.state, rank=common.RANK, ranks=common.RANKS)
-    validation = data.images[data.validation]
+    validation = inputs[data.validation]
     for row in training:
         if common.RANK == 0:            # the first rank reports and writes
             q = predict(model, validation, run.amp).softmax(1)
@@ -562,14 +596,14 @@ def command(run, args):
         return
 
     guesses = len(given["pseudo_labelled"][1]) if "pseudo_labelled" in given else 0
-    q = predict(model, data.test_images, run.amp).softmax(1)
+    q = predict(model, inputs.test(), run.amp).softmax(1)
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
                "real_images": len(labelled), "pseudo_labelled": guesses}
     picture = draw(last.history, q.cpu(), data.test_labels.cpu(),
                    common.legible(data.classes))
     common.write(run.out / "cnn.png", picture)
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
-                model=model.cpu().state_dict())
+                model=model.cpu().state_dict(), **inputs.fields())
     if guesses:
         print(f"{guesses:,} images with a label that was spread, beside:")
     average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training

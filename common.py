@@ -1,43 +1,48 @@
 """What the scripts share: command line, data sets, files, scores, progress, figures, glyphs.
 
-It knows nothing of models. Read from the top: a command line becomes a `Run`, a folder or a
-file of images becomes a `Dataset`, and what is made of them becomes files.
+It knows nothing of models. A command line becomes a `Run`, images become a `Dataset`, and
+what is made of them becomes files; the order below is that of the first line.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import difflib
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
 import sys
 import time
+import traceback
 import unicodedata
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-# Letters: N training images, C×H×W image, K classes.
+# Letters: N training images, M images of all parts, C×H×W image, K classes.
 # y integer labels (N,), -1 for none; q class probabilities (N,K).
-FORMAT = 6                              # of the .pt files; any other is refused
+FORMAT = 6                              # of the files; any other is refused
 # The settings that say which images a run is about, and their defaults.
 WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
-         "labels_from": None, "skip_damaged": False, "images": None, "seed": 0}
-# The scripts in the order in which they build on each other.
-STEMS = "deform vae latent hybrids cnn compare".split()
+         "labels_from": None, "skip_damaged": False, "images": None, "seed": 0,
+         "backbone": None}
+# Settings that cannot change a result.
+HARMLESS = ("out script writes resume quiet threads export image point predict jobs gather "
+            "review sizes").split()
+STEMS = "vae deform latent hybrids cnn compare".split()
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST",
                "emnist-letters": "EMNIST", "emnist-balanced": "EMNIST", "usps": "USPS",
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
@@ -48,11 +53,16 @@ PICTURE_FORMATS = "JPEG PNG GIF PPM BMP TIFF WEBP".split()      # of these files
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
          "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
          "unlabelled": "unlabelled", "unlabeled": "unlabelled"}
-ARRAYS = ("x_train y_train x_validation y_validation x_test y_test x_unlabelled "
-          "classes").split()
+ORDER = ["train", "validation", "unlabelled", "test"]   # of the parts in a data set
+ARRAYS = ("x_train y_train x_validation y_validation x_test y_test x_unlabelled f_train "
+          "f_validation f_test f_unlabelled classes").split()
 # What systems put beside pictures, besides all that begins with a dot.
 HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
 WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
+# torchrun says which of its processes this is; batch systems set some of its variables, too.
+LAUNCHED = "MASTER_ADDR" in os.environ
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
 
 # ---- the command line -----------------------------------------------------------------------
@@ -66,62 +76,68 @@ def require(ok, message):
         raise Mistake(message)
 
 
+def say(message):
+    """A line beside the results; one rank says it for all."""
+    if RANK == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it stands; a default only where there is one."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
+        if action.default in (None, False):
             return action.help
-        if isinstance(action.default, list):
-            words = " ".join(str(value) for value in action.default)
-            return f"{action.help} (default: {words})"
         return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes in one line; `args.changed` holds what differs from the defaults."""
+    """Mistakes end in one line; `settings` are the flags that can change a result."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        args.changed = {key: value for key, value in vars(args).items()
+        args.settings = {key: value for key, value in vars(args).items()
+                         if key not in HARMLESS}
+        args.changed = {key: value for key, value in args.settings.items()
                         if value != self.get_default(key)}
         return args
 
 
 def flags(script: str, doc: str, images=True) -> Parser:
-    """A parser with the flags that all scripts share; --images is for those of one network."""
+    """A parser with the flags that all scripts share; `images`: --images, too."""
     parser = Parser(script, description=doc, formatter_class=Help)
     parser.set_defaults(script=script, writes=True)
-    add = parser.add_argument_group("which images (if not given, as for the files that are "
-                                    "in the working directory)").add_argument
+    add = parser.add_argument_group("which images", "If not given, as for the files in the "
+                                    "working directory.").add_argument
     add("--dataset", metavar="NAME|FOLDER|FILE.npz",
-        help="glyphs (embedded, the default), a folder of images, an .npz file, or one of "
-        + " ".join(TORCHVISION))
-    add("--data-dir", metavar="FOLDER", help="where named data sets are kept; else data")
-    add("--image-size", type=number(int, 16, 64), metavar="PIXELS",
-        help="side to which the images of a folder are scaled; else 32")
-    add("--labels", type=number(int, 1), metavar="N",
-        help="number of training images that keep their label, equal numbers per class; else "
-        "all that have one")
-    add("--labels-from", metavar="FILE.csv",
-        help="table of labels to correct or to add, in its columns image and new_label")
+        help=f"a folder of images, an .npz file, or one of {' '.join(NAMES)}; else glyphs, "
+        "which are embedded")
+    add("--data-dir", help="folder of named data sets; else data")
+    add("--image-size", type=number(int, 16, 64),
+        help="side to which the images of a folder are scaled, in pixels; else 32")
+    add("--labels", type=number(int, 1),
+        help="number of training images that keep their label, equal numbers per class")
+    add("--labels-from", help="table of labels to correct or to add, a .csv file with columns "
+        "image and new_label")
+    add("--backbone", metavar="NAME|FILE.py",
+        help="learn from the features of a pretrained network in place of pixels: one of "
+        "torchvision.models by name, or a file with a class Backbone and SIZE")
     add("--skip-damaged", action="store_true", default=None,
         help="leave out pictures that cannot be read")
     if images:
-        add("--images", type=number(int, 1), metavar="N",
-            help="number of labelled training images to learn from, equal numbers per class, "
-            "and no others; else all but those kept for validation")
+        add("--images", type=number(int, 1),
+            help="learn from at most so many labelled training images, equal numbers per "
+            "class, and no others; else from all but those kept for validation")
     add("--seed", type=number(int, 0, 2**32), help="seed of every random choice; else 0")
     add = parser.add_argument_group("shared by all scripts").add_argument
-    add("-o", "--out", type=Path, metavar="FOLDER",
+    add("-o", "--out", type=Path,
         help="working directory; if not given, runs/<name of the data set>")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
         help="where to compute; auto is cuda if there is one, else cpu")
-    add("--threads", type=number(int, 1), default=1,
-        help="processor threads; results depend on their number")
+    add("--threads", type=number(int, 1), default=1, help="processor threads")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="compute in bfloat16, or never; if not given, where the hardware is fast at it")
     add("--quiet", action="store_true", help="print results only, no progress")
@@ -143,61 +159,49 @@ def number(kind, low, high=math.inf):
 def run_script(command, args) -> int:
     """command(run, args) -> 0; a mistake in one line -> 2; an interruption -> 130."""
     run = None
-    threads = torch.get_num_threads()   # put back in the end, for notebooks
-    backend = os.environ.pop("MPLBACKEND", None)        # figures need none, and one may fail
+    threads = torch.get_num_threads()
     try:
         run = start(args)
         command(run, args)
         print(end="", flush=True)       # a full disk or a reader that has gone shows here
         return 0
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; what was finished is kept"
+        message = "interrupted; what was finished is kept"
+        code = 130
     except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        code, message = 2, explain(error, args.out)
+        message = explain(error, args.out)
+        code = 2
         if message is None:
             raise
     finally:
+        torch.set_num_threads(threads)  # a notebook goes on with its own
         if run:
             run.release()
-        torch.set_num_threads(threads)
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-def explain(error, out) -> str | None:
+def explain(error, out):
     """What a user can do about an error; None where the fault is the program's own."""
-    text = str(error)
     if isinstance(error, (Mistake, FloatingPointError)):
-        return text
+        return str(error)
     if isinstance(error, OSError):
-        drop_output()
-        return f"{error.filename or f'{out} or standard output'}: {error.strerror or text}"
-    if isinstance(error, MemoryError) or "alloc" in text.lower():       # torch's words vary
+        drop_output()                   # in case that this was it
+        return f"{error.filename or f'{out} or standard output'}: {error.strerror or error}"
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():     # in torch's words
         return "out of memory; use fewer or smaller images, or --device cpu"
     return None
 
 
 def drop_output():
-    """What standard output does not take is dropped: Python would try it again, and complain."""
+    """Drop what standard output does not take: Python would try it again, and complain."""
     try:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ---- a run: what it is about, its folder, device and arithmetic -----------------------------
-
-def torchrun_rank():
-    """This process and how many there are: 0 and 1, unless torchrun started it."""
-    if "MASTER_ADDR" not in os.environ:         # batch systems set the others, too
-        return 0, 1
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-RANK, RANKS = torchrun_rank()
-
+# ---- a run: which images, its folder, device and arithmetic ---------------------------------
 
 @dataclass
 class Run:
@@ -208,22 +212,23 @@ class Run:
     amp: bool                           # bfloat16 where autocast allows it
     quiet: bool
     cores: int                          # threads that torch would take by itself
-    one_subset: bool                    # of images to learn from; compare.py has many
     settings: dict                      # every flag that can change a result
     changed: dict                       # those that differ from their defaults
-    # Which images: as given, None where not; `settle` decides.
+    # Which images, None where that was not said; `settle` decides.
     dataset: str
     data_dir: str
     image_size: int
-    labels: int | None
-    labels_from: str | None
+    labels: int
+    labels_from: str
     skip_damaged: bool
-    images: int | None
+    images: int
     seed: int
+    backbone: str
     record: dict = field(default_factory=dict)  # facts of the data set that OUT is of
     source: str = ""                    # the stem of the file that says so
     bound: bool = False                 # does this script build on that file?
-    lock: io.IOBase | None = None
+    binding: tuple = ("image_size", "labels", "backbone", "images", "seed")     # by it
+    lock: io.IOBase = None
 
     @property
     def which(self) -> dict:
@@ -234,27 +239,24 @@ class Run:
         """Let other runs into the folder."""
         if self.lock:
             self.lock.close()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if RANKS > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def start(args) -> Run:
     """Settle which images, threads, device and arithmetic; make the working directory."""
-    for key in ("dataset", "data_dir", "labels_from"):
-        setattr(args, key, normal(getattr(args, key)))
     out = args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
-    require(out.is_dir() or not out.exists(), f"{out} is a file; --out takes a folder")
+    require(not out.is_file(), f"{out} is a file; --out takes a folder")
     trains = args.script in ("vae.py", "cnn.py")
     require(RANKS == 1 or trains or args.script == "compare.py", "start without torchrun")
     cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     amp = bfloat16_is_fast(device) if args.amp is None else args.amp
-    which = {key: vars(args).get(key) for key in WHICH}
-    run = Run(args.script, out, device, amp, args.quiet, cores, hasattr(args, "images"),
-              settings(args), settings(args, args.changed), **which)
+    which = {key: args.settings.get(key) for key in WHICH}
+    run = Run(args.script, out, device, amp, args.quiet, cores, args.settings, args.changed,
+              **which)
     settle(run)
-    vars(args).update(run.which)
     run.settings.update(run.which)
     out.mkdir(parents=True, exist_ok=True)
     if args.writes and RANK == 0:       # torchrun's ranks are one run
@@ -266,56 +268,33 @@ def start(args) -> Run:
     return run
 
 
-def normal(path: str | None) -> str | None:
-    """One spelling for photos, photos/ and ./photos; ./mnist is a folder, and mnist is not."""
-    if path is None:
-        return None
-    short = os.path.normpath(path)
-    return os.path.abspath(path) if short in NAMES and short != path else short
-
-
-def name_of(spec: str) -> str:
+def name_of(spec) -> str:
     """The name of a data set: the last part of its path, whole, but for .npz."""
     return Path(os.path.abspath(spec)).name.removesuffix(".npz")
 
 
-def settings(args, keys=None) -> dict:
-    """The flags that can change a result, for the files."""
-    others = ("out script writes changed resume quiet threads export image point predict jobs "
-              "gather review").split()
-    keys = set(vars(args) if keys is None else keys)
-    return {key: vars(args)[key] for key in sorted(keys - set(others))}
-
-
-def settle(run: Run):
+def settle(run):
     """Decide which images: as the flags say, else as the folder does, else as by default.
 
     What a file says that the script builds on cannot be contradicted.
     """
     run.record, run.source, run.bound = folder_record(run)
-    known = dict(run.record.get("which", {}))
+    known = run.record.get("which", {})
     given = {key: value for key, value in run.which.items() if value is not None}
-    numbers = ["image_size", "labels"]
-    if run.one_subset:
-        numbers += ["images", "seed"]
-    else:
-        known.pop("images", None)
-    which = dict(WHICH)
-    if run.bound or "dataset" not in given:
-        which.update(known)
-    which.update(given)
-    vars(run).update(which)
-    for key in numbers if run.bound else []:
-        require(which[key] == known[key],
-                f"--{key.replace('_', '-')} {which[key]}: {run.out}/{run.source}.pt was made "
-                f"with {known[key]}; make it again with: {command_for(run, run.source)}, "
-                "or give another -o")
+    inherited = known if run.bound or run.dataset is None else {}
+    vars(run).update({**WHICH, **inherited, **given})
+    if run.script == "compare.py":      # it draws many subsets, and from any seed on
+        run.binding = run.binding[:3]
+    for key in run.binding if run.bound else []:
+        require(run.which[key] == known[key], f"{key} {run.which[key]}: {run.out}/{run.source}"
+                f".pt was made with {known[key]}; make it again with: "
+                f"{command_for(run, run.source)}; or give another -o")
 
 
-def folder_record(run: Run):
-    """-> facts of the data set that OUT is of, the stem of their file, whether it binds.
+def folder_record(run):
+    """-> facts of the data set that OUT is of, the stem of their file, whether that binds.
 
-    A script is bound by what it builds on; its own files, and later ones, may be made anew.
+    What a script builds on binds it; its own files, and later ones, it may make anew.
     """
     stem = Path(run.script).stem
     upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
@@ -327,12 +306,11 @@ def folder_record(run: Run):
 
 
 def record_of(out: Path, stem: str) -> dict:
-    """What OUT/stem.json says, or stem.pt where that is missing; {} without either."""
+    """What OUT/stem.json, or else stem.pt, says of how it was made; {} without either."""
     for path in (out / f"{stem}.json", out / f"{stem}.pt"):
         if path.exists():
             try:
-                text = path.suffix == ".json"
-                content = json.loads(path.read_text()) if text else read(path)
+                content = read(path)
                 require(content["format"] == FORMAT and content["dataset"]["which"], "")
                 return content
             except Exception:           # json, zip and pickle each have their own errors
@@ -341,52 +319,47 @@ def record_of(out: Path, stem: str) -> dict:
     return {}
 
 
-def command_for(run: Run, name: str, **changes) -> str:
-    """The whole command that makes OUT/name, with every setting that is not a default."""
-    stem = Path(name).stem
+def command_for(run: Run, stem: str, **changes) -> str:
+    """The whole command that makes OUT/stem.pt, with every setting that is not a default."""
     changed = run.changed
     if f"{stem}.py" != run.script:
         changed = record_of(run.out, stem).get("changed", {})
     words = ["python", f"{stem}.py"]
     for key, value in {**changed, **run.which, **changes}.items():
+        flag = key.replace("_", "-")
         if value == WHICH.get(key):
             continue
-        flag = "--" + key.replace("_", "-")
-        if value is False:
-            flag = "--no-" + key.replace("_", "-")
-        words.append(flag)
-        if not isinstance(value, bool):
-            words += [str(part) for part in (value if isinstance(value, list) else [value])]
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, np.ravel(value))]          # of a list all
     return shlex.join([*words, "-o", str(run.out)])
 
 
-def lock_folder(out: Path):
+def lock_folder(out):
     """One run at a time works in a folder -> the file that keeps others out until closed."""
     file = open(out / ".lock", "w")
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        remedy = "wait, or give another --out"
-        if multiprocessing.parent_process():    # a script of the user's, imported once more
-            remedy = 'a script that calls main needs: if __name__ == "__main__":'
-        raise Mistake(f"another run works in {out}; {remedy}") from None
+        raise Mistake(f"another run works in {out}; wait, or give another --out (or a script "
+                      'that calls main lacks: if __name__ == "__main__":)') from None
     except (ImportError, OSError):      # Windows and some network drives have no such lock
         pass
     return file
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name):
     """The device that --device names; on a machine of several cards the rank's own."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if there["cuda"] else "cpu"
-    require(there[name], f"--device {name}: there is none here; use --device cpu")
-    if name != "cuda":
-        return torch.device(name)
-    card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    return torch.device("cuda", card)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return torch.device(name, card)
+    require(name == "cpu" or name == "mps" and torch.backends.mps.is_available(),
+            f"--device {name}: there is none here; use --device cpu")
+    return torch.device(name)
 
 
 def bfloat16_is_fast(device) -> bool:
@@ -402,51 +375,52 @@ def bfloat16_is_fast(device) -> bool:
 
 @dataclass
 class Dataset:
-    """Images uint8 (N,C,H,W) for training and for test, with labels int64 0..K-1, -1 for none.
+    """Training images and test images, with labels 0..K-1, -1 for none; `assemble` makes it.
 
-    Rows are numbered once and never again: 0 to N-1 are the training images, those from N on
-    in `names` the test images. `pool` and `validation` (sorted) share the rows 0 to N-1.
+    Rows are numbered once and never again: 0 to N-1 are the training images, and N is, in
+    `names`, the first test image. `pool` and `validation`, sorted, share the rows 0 to N-1.
     """
-    images: torch.Tensor
-    labels: torch.Tensor                # (N,)
-    test_images: torch.Tensor
-    test_labels: torch.Tensor           # all have one
+    images: Tensor                      # uint8 (N,C,H,W)
+    labels: Tensor                      # int64 (N,)
+    test_images: Tensor
+    test_labels: Tensor                 # all have one
     classes: list
     name: str
-    names: list | None = None           # N + tests: files below the folder, or "train/17"
-    pool: torch.Tensor | None = None    # rows that may train, with or without a label
-    validation: torch.Tensor | None = None      # rows that choose, never trained on
-    features: torch.Tensor | None = None        # (N,F), of a pretrained network
-    test_features: torch.Tensor | None = None
+    names: list                         # of all: files below the folder, or "train/17"
+    pool: Tensor                        # rows that may train, with or without a label
+    validation: Tensor                  # rows that choose, never trained on
     white: int = 1                      # of the numbers read; 1, too, if all were bytes
     remarks: list = field(default_factory=list)         # what a person should know of it
     which: dict = field(default_factory=dict)   # the settings that it was read with
+    originals: list = None              # of all: files, or arrays (C,H,W), as they came
+    features: Tensor = None             # (N,F), of a pretrained network
+    test_features: Tensor = None
+    backbone: str = None                # its mark; features may come with the set, too
 
-    def __post_init__(self):
-        if self.names is None:
-            self.names = [f"train/{k}" for k in range(len(self.images))]
-            self.names += [f"test/{k}" for k in range(len(self.test_images))]
-        if self.validation is None:
-            self.validation = set_aside(self.labels, self.names, 0.1, last=True)
-        if self.pool is None:
-            trains = torch.ones(len(self.labels), dtype=torch.bool)
-            trains[self.validation] = False
-            self.pool = trains.nonzero()[:, 0]
-
-    def labelled(self) -> torch.Tensor:
+    def labelled(self) -> Tensor:
         """Rows of the pool that have a label."""
         return self.pool[self.labels[self.pool] >= 0]
 
-    def unlabelled(self) -> torch.Tensor:
+    def unlabelled(self) -> Tensor:
         """Rows of the pool that have none."""
         return self.pool[self.labels[self.pool] < 0]
+
+    def original(self, row: int):
+        """The picture of a row as it came: a PIL image, RGB, upright."""
+        from PIL import Image
+        source = self.originals[row]
+        if isinstance(source, Path):
+            return upright(source, self.white)
+        return Image.fromarray(source.transpose(1, 2, 0).squeeze()).convert("RGB")
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 digits that tell these images and labels from others, wherever they lie."""
-        digest = hashlib.sha256()
-        for part in (self.images, self.labels, self.test_images, self.test_labels):
-            digest.update(str(part.shape).encode())
+        digest = hashlib.sha256(str(self.images.shape).encode())
+        parts = [self.images, self.labels, self.test_images, self.test_labels]
+        if self.features is not None and not self.backbone:     # they came with the set
+            parts += [self.features, self.test_features]
+        for part in parts:
             digest.update(part.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -454,11 +428,11 @@ class Dataset:
         """What a file says of its data set: enough to load it again, and to know it again."""
         grounds = (ground_of(self.images) / 8).round().unique() * 8
         with_label = int((self.labels >= 0).sum())
-        return {"name": self.name, "which": self.which, "shape": list(self.images.shape[1:]),
-                "classes": self.classes, "images": with_label,
-                "unlabelled": len(self.labels) - with_label,
+        return {"name": self.name, "which": self.which, "fingerprint": self.fingerprint,
+                "shape": list(self.images.shape[1:]), "classes": self.classes,
+                "images": with_label, "unlabelled": len(self.labels) - with_label,
                 "test_images": len(self.test_images), "white": self.white,
-                "ground": grounds.int().tolist(), "fingerprint": self.fingerprint}
+                "ground": grounds.int().tolist(), "backbone": self.backbone}
 
     def to(self, device):
         """Move all tensors to the device, in place."""
@@ -468,344 +442,290 @@ class Dataset:
         return self
 
 
-def load_dataset(run: Run, upstream=None) -> Dataset:
-    """The data set of a run, with its labels; other images than the folder's are refused.
-
-    `upstream`, a loaded file, stands for what the folder says.
-    """
+def load_dataset(run: Run) -> Dataset:
+    """The data set of a run, with its labels; other images than the folder's are refused."""
     data = open_dataset(run)
     data.which = run.which
     if run.labels:
         keep_labels(data, run.labels, run.seed)
     if run.labels_from:
         correct_labels(data, Path(run.labels_from))
-    if upstream:
-        run.record = upstream["dataset"]
     check_folder(run, data)
-    if RANK == 0 and not run.bound:     # a later script need not say it again
+    add_features(run, data)
+    if not run.bound:                   # a later script need not say it again
         for remark in [*data.remarks, *remarks_on(data)]:
-            print(f"{data.name}: {remark}", file=sys.stderr)
+            say(f"{data.name}: {remark}")
     run.record = data.facts()
     return data.to(run.device)
 
 
-def open_dataset(run: Run) -> Dataset:
+def open_dataset(run) -> Dataset:
     """Read the data set of a run; the pictures of a folder are scaled, once."""
     spec = run.dataset
     if spec == "glyphs":
         return glyphs()
     if spec.endswith(".npz"):
-        return npz_dataset(Path(spec), run.image_size)
+        return npz_dataset(spec, run.image_size)
     if spec in TORCHVISION:
         return torchvision_dataset(spec, run.data_dir, run.image_size)
-    if Path(spec).is_dir():
-        return folder_dataset(run, Path(spec))
-    near = difflib.get_close_matches(spec, NAMES, 1)
-    hint = f"did you mean {near[0]}?" if near else f"names: {' '.join(NAMES)}"
-    raise Mistake(f"no data set or folder {spec!r}; {hint}")
+    if os.path.isdir(spec):
+        return folder_dataset(Path(spec), run)
+    near = difflib.get_close_matches(spec, NAMES, 1) or NAMES
+    raise Mistake(f"no data set or folder {spec!r}; did you mean {' '.join(near)}?")
 
 
-def check_folder(run: Run, data: Dataset):
-    """A folder belongs to its data set, which is known by its content."""
-    if not run.record or run.record["fingerprint"] == data.fingerprint:
+def check_folder(run, data):
+    """A folder belongs to one data set, which is known by its content."""
+    if run.record.get("fingerprint", data.fingerprint) == data.fingerprint:
         return
     before = run.record["which"]["dataset"]
-    same = os.path.abspath(before) == os.path.abspath(run.dataset)
-    require(same, f"{run.out} is the folder of {before}, and {run.dataset} is another data set;"
-            f" give another -o, as -o runs/{data.name}")
+    require(os.path.abspath(before) == os.path.abspath(run.dataset),
+            f"{run.out} is the folder of {before}, and {run.dataset} is another data set; "
+            f"give another -o, as -o {run.out}-{data.name}")
     require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "
-            f"than {run.dataset} has now; make it again with: "
-            f"{command_for(run, run.source)}, or give another -o")
+            f"than {run.dataset} has now; make it again with: {command_for(run, run.source)}; "
+            "or give another -o")
 
 
-def assemble(name: str, images: dict, labels: dict, classes=None, names=None, side=32,
-             remarks=(), **more) -> Dataset:
-    """The one door that every data set passes: its parts become one record.
+def remarks_on(data) -> list:
+    """On pictures that are there twice, pixel for pixel, and on classes without a test."""
+    images = [*data.images.numpy(), *data.test_images.numpy()]
+    marks = [hash(image.tobytes()) for image in images]
+    labels = data.labels.tolist() + data.test_labels.tolist()
+    training = {marks[row] for row in data.pool.tolist()}
+    others = data.validation.tolist() + list(range(len(data.images), len(images)))
+    remarks = []
+    twice = sum(marks[row] in training for row in others)
+    if twice:
+        remarks.append(f"{twice:,} of {len(others):,} validation and test images are training "
+                       "images, too, pixel for pixel; they measure memory")
+    two = len(set(zip(marks, labels))) - len(set(marks))
+    if two:
+        remarks.append(f"{two:,} images are in two classes, or with and without a label")
+    for c in set(range(len(data.classes))) - set(data.test_labels.tolist()):
+        remarks.append(f"no test images of {data.classes[c]}")
+    return remarks
 
-    `images` uint8 (n,C,H,W), `labels` int64 (n,) and `names` by part: train, validation,
-    unlabelled, test. Labels become 0..K-1, colour that is none becomes grey, sides 16 to 64.
+
+def assemble(name, images, labels, parts, names, classes=None, side=32, white=1,
+             remarks=(), originals=None) -> Dataset:
+    """The one door that every data set passes.
+
+    `images` uint8 (M,C,H,W), `labels` (M,) numbers or names, -1 or "" for none; `parts` and
+    `names` of the M images, those of train first, then validation, unlabelled and test.
+    Labels become 0..K-1, colour that is none becomes grey, sides 16 to 64. `originals` are the
+    files of the images, if not these themselves.
     """
-    def expect(ok, message):
-        require(ok, f"{name}: {message}")
-
-    expect(len(images.get("train", [])) and len(images.get("test", [])),
-           "no images for training, or none for test")
-    for part, x in images.items():
-        if part == "unlabelled":
-            labels[part] = torch.full((len(x),), -1)
-        expect(part in labels and len(x) == len(labels[part]),
-               f"{part} images and labels differ in number")
-        expect(x.shape[1:] == images["train"].shape[1:],
-               f"{part} images and those for training differ in shape")
-    labels, classes = number_classes(labels, classes, expect)
-    training = [part for part in ("train", "validation", "unlabelled") if part in images]
-    if names is None:
-        names = {part: [f"{part}/{k}" for k in range(len(x))] for part, x in images.items()}
-    parts = torch.cat([images[part] for part in training]), images["test"]
-    parts, more_remarks = fit_pixels(parts, side)
-    if "validation" in images:
-        first = len(images["train"])
-        more["validation"] = torch.arange(first, first + len(images["validation"]))
-    every_name = sum([names[part] for part in [*training, "test"]], [])
-    data = Dataset(parts[0], torch.cat([labels[part] for part in training]), parts[1],
-                   labels["test"], classes, readable(name), every_name,
-                   remarks=[*remarks, *more_remarks], **more)
-    expect(len(data.validation), "nothing is left for validation; two images a class are needed")
-    return data
+    originals = originals or images.numpy()
+    counts = Counter(parts)
+    train = counts["train"]
+    n = len(parts) - counts["test"]
+    require(train and n < len(parts), f"{name}: no training images, or no test images")
+    y, classes = number_classes(name, labels, np.array(parts), classes)
+    images, more_remarks = fit_pixels(images, side)
+    validation = torch.arange(train, train + counts["validation"])
+    if len(validation) == 0:
+        validation = set_aside(y[:n].tolist(), names, 0.1, last=True)
+    require(len(validation),
+            f"{name}: nothing is left for validation; two images a class are needed")
+    every = torch.arange(n)
+    pool = every[~torch.isin(every, validation)]
+    return Dataset(images[:n], y[:n], images[n:], y[n:], classes, readable(name), names, pool,
+                   validation, white, [*remarks, *more_remarks], originals=originals)
 
 
-def number_classes(labels: dict, classes, expect):
-    """Labels by part, any whole numbers, -1 for none -> 0..K-1, and the names of the classes."""
-    train = labels["train"]
-    kinds = train[train >= 0].unique()
-    values = kinds.tolist()
-    names = classes or values
-    for part, y in labels.items():
-        unknown = sorted(set(y.tolist()) - {*values, -1})[:5]
-        spoken = [names[value] if value in range(len(names)) else value for value in unknown]
-        expect(not unknown, f"{part} images have classes that training images have not: "
-               f"{spoken}")
-        expect(part in ("train", "unlabelled") or (y >= 0).all(),
-               f"{part} images without a label (-1); number the classes from 0")
-    expect(len(values) > 1, "only one class; percentages need two or more (-1 is no label)")
-    if max(values) < len(names):        # some classes may have no image
-        names = [names[value] for value in values]
-    expect(len(names) == len(values), f"{len(names)} names for {len(values)} classes")
-    numbered = {part: torch.where(y < 0, -1, torch.searchsorted(kinds, y))
-                for part, y in labels.items()}
-    return numbered, [readable(str(name)) for name in names]
+def number_classes(name, labels, parts, classes):
+    """Labels (M,) -> int64 0..K-1, -1 for none; the names of the classes."""
+    none = "" if labels.dtype.kind == "U" else -1
+    values = np.unique(labels[parts == "train"])
+    values = values[values != none]
+    unknown = np.setdiff1d(labels, [*values, none]).tolist()
+    require(not unknown, f"{name}: classes without training images: {unknown[:5]}")
+    require(none not in labels[(parts == "validation") | (parts == "test")],
+            f"{name}: validation or test images without a label ({none!r})")
+    require(len(values) > 1, f"{name}: only one class; percentages need two or more")
+    if none == "" or not classes:
+        classes = values.tolist()
+    elif values[-1] < len(classes):     # some classes may have no image
+        classes = [classes[value] for value in values]
+    require(len(classes) == len(values),
+            f"{name}: {len(classes)} names for {len(values)} classes")
+    y = np.where(labels == none, -1, np.searchsorted(values, labels))
+    return torch.from_numpy(y), [readable(str(value)) for value in classes]
 
 
-def fit_pixels(parts, side: int):
+def fit_pixels(images, side):
     """Colour that is none becomes grey, for all images or for none; sides 16 to 64."""
     remarks = []
-    height, width = parts[0].shape[2:]
-    require(height and width, f"images of {height}x{width} pixels")
-    count = sum(int(in_colour(part).sum()) for part in parts)
-    total = sum(len(part) for part in parts)
+    height, width = images.shape[2:]
+    count = int(in_parts(in_colour, images).sum())
     if count == 0:
-        parts = [to_grey(part) for part in parts]
-    elif count < total / 10:
-        remarks.append(f"{count:,} of {total:,} images have colour, so all are read in colour")
+        images = in_parts(to_grey, images)
+    elif count < len(images) / 10:
+        remarks.append(f"only {count:,} of {len(images):,} images have colour")
     if max(height, width) > 64 or min(height, width) < 16:
-        parts = [resize(part, side) for part in parts]
+        images = in_parts(functools.partial(resize, side=side), images)
         remarks.append(f"of images of {height}x{width} pixels, the middle squares are scaled "
                        f"to {side}x{side}")
-    return parts, remarks
+    return images, remarks
 
 
 def readable(name: str) -> str:
-    """A name in NFC, as all systems would write it, whose bytes that are no text are spelt."""
+    """A name in NFC, as most systems write it; bytes of it that are no text are spelt out."""
     name = unicodedata.normalize("NFC", name)
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def remarks_on(data: Dataset) -> list:
-    """What a person should know: images that are there twice, classes that are not tested."""
-    remarks = []
-    without = len(data.unlabelled())
-    if without:
-        remarks.append(f"{len(data.labelled()):,} training images with a label, {without:,} "
-                       "without")
-    marks = [hash(image.tobytes()) for part in (data.images, data.test_images)
-             for image in part.numpy()]
-    tests = torch.arange(len(data.images), len(marks))
-    seen = set()
-    for part, rows in (("labelled", data.labelled()), ("unlabelled", data.unlabelled()),
-                       ("validation", data.validation), ("test", tests)):
-        here = [marks[row] for row in rows.tolist()]
-        count = sum(mark in seen for mark in here)
-        if count:
-            remarks.append(f"{count:,} of {len(here):,} {part} images stand among the training "
-                           "images, too, pixel for pixel; move pictures, do not copy them")
-        seen.update(here)
-    classes = {}
-    for mark, label in zip(marks, [*data.labels.tolist(), *data.test_labels.tolist()]):
-        if label >= 0:
-            classes.setdefault(mark, set()).add(label)
-    count = sum(len(some) > 1 for some in classes.values())
-    if count:
-        remarks.append(f"{count:,} images are in two classes, pixel for pixel")
-    untested = set(range(len(data.classes))) - set(data.test_labels.tolist())
-    if untested:
-        missing = ", ".join(data.classes[c] for c in sorted(untested))
-        remarks.append(f"no test images of {missing}")
-    return remarks
+# ---- data sets: arrays ----------------------------------------------------------------------
 
-
-def torchvision_dataset(name: str, root: str, side: int) -> Dataset:
+def torchvision_dataset(name, root, side):
     """One of torchvision.datasets, downloaded only if it is not on disk."""
-    pixels = {}
-    labels = {}
+    arrays = {}
     for part in ("train", "test"):
-        read = torchvision_part(name, root, part)
-        pixels[part] = np.asarray(read.data)
-        labels[part] = torch.as_tensor(read.labels if name == "stl10" else read.targets).long()
-        classes = [label.split(" - ")[0] for label in getattr(read, "classes", [])]
-    images, _, _ = as_images(pixels)
-    if name.startswith("emnist"):       # its images are stored lying down
-        images = {part: x.transpose(2, 3).contiguous() for part, x in images.items()}
-    return assemble(name, images, labels, classes or None, side=side)
+        keywords = {"train": part == "train"}
+        if name == "stl10":
+            keywords = {"split": part}
+        if name.startswith("emnist"):
+            keywords["split"] = name.removeprefix("emnist-")
+        try:
+            from torchvision import datasets
+            read = getattr(datasets, TORCHVISION[name])(root, **keywords, download=True)
+        except Exception as error:      # a build that does not fit torch, each mirror's errors
+            raise Mistake(f"{name} is neither in {root}, nor can it be downloaded ({error}); "
+                          f"put its files into {root}, as torchvision does, or use --dataset "
+                          "glyphs meanwhile") from None
+        arrays[f"x_{part}"] = np.asarray(read.data)
+        arrays[f"y_{part}"] = np.asarray(read.labels if name == "stl10" else read.targets)
+        if name.startswith("emnist"):   # its images are stored lying down
+            arrays[f"x_{part}"] = arrays[f"x_{part}"].swapaxes(1, 2)
+    arrays["classes"] = [label.split(" - ")[0] for label in getattr(read, "classes", [])]
+    return array_dataset(name, arrays, side)
 
 
-def torchvision_part(name: str, root: str, part: str):
-    """The training or the test part of a data set of torchvision."""
-    keywords = {"train": part == "train"}
-    if name == "stl10":
-        keywords = {"split": part}
-    if name.startswith("emnist"):
-        keywords["split"] = name.removeprefix("emnist-")
+def npz_dataset(path, side):
+    """x_train y_train x_test y_test, and if there x_val y_val x_unlabelled classes."""
     try:
-        from torchvision import datasets
-        kind = getattr(datasets, TORCHVISION[name])
-    except (ImportError, RuntimeError) as error:
-        raise Mistake(f"torchvision cannot be imported ({error}); it must be of torch's build: "
-                      "pip install --upgrade --force-reinstall torch torchvision") from None
-    try:
-        return kind(root, **keywords, download=False)
-    except Exception:                   # each kind has its own way to say that it is not there
-        print(f"{name} is not in {root}: downloading it", file=sys.stderr)
-    try:
-        return kind(root, **keywords, download=True)
-    except Exception as error:          # each mirror has its own ways to fail
-        raise Mistake(f"{name} is not in {root}, and downloading failed ({error}); put its "
-                      f"files into {root}, as torchvision.datasets.{kind.__name__} does, "
-                      "or use --dataset glyphs meanwhile") from None
-
-
-def npz_dataset(path: Path, side: int) -> Dataset:
-    """x_train y_train x_test y_test, and if there x_val y_val x_unlabelled classes.
-
-    Images are (N,H,W), (N,H,W,C) or (N,C,H,W); labels numbers, names or one-hot rows.
-    """
-    try:
+        arrays = {}
+        left_out = []
         with np.load(path, allow_pickle=False) as file:
-            arrays, left_out = known_arrays(file)
-        pixels = {name[2:]: array for name, array in arrays.items() if name[:2] == "x_"}
-        images, white, remarks = as_images(pixels)
-        labels = {name[2:]: array for name, array in arrays.items() if name[:2] == "y_"}
-        labels, classes = as_labels(labels)
-        if classes is None and "classes" in arrays:
-            classes = arrays["classes"].astype(str).tolist()
+            for name in file.files:
+                kind, _, part = name.lower().partition("_")
+                known = f"{kind}_{PARTS[part]}" if part in PARTS else name.lower()
+                near = difflib.get_close_matches(known, ARRAYS, 1, 0.75)
+                if known in ARRAYS:
+                    arrays[known] = file[name]
+                else:
+                    left_out.append(f"{name} (is it {near[0]}?)" if near else name)
+        remarks = [f"left out: {', '.join(left_out)}"] if left_out else []
+        return array_dataset(name_of(path), arrays, side, remarks)
     except Exception as error:          # zip, zlib and numpy have many
         raise Mistake(f"{path}: {error}; make it with numpy.savez(path, x_train=..., "
                       "y_train=..., x_test=..., y_test=..., [x_val=..., y_val=...], "
                       "[x_unlabelled=...], [classes=...])") from None
-    if left_out:
-        remarks.append(f"left out: {', '.join(left_out)}")
-    return assemble(name_of(path), images, labels, classes, side=side, white=white,
-                    remarks=remarks)
 
 
-def known_arrays(file):
-    """The arrays of an .npz file by their names in ARRAYS; the names of the others."""
-    arrays = {}
-    left_out = []
-    for name in file.files:
-        kind, _, part = name.lower().partition("_")
-        known = f"{kind}_{PARTS[part]}" if part in PARTS else name.lower()
-        if known not in ARRAYS:
-            near = difflib.get_close_matches(known, ARRAYS, 1, 0.75)
-            left_out.append(f"{name} (rename it, if it is {near[0]})" if near else name)
+def array_dataset(name, arrays, side, remarks=()):
+    """`arrays` by the names in ARRAYS: images (n,H,W), (n,H,W,C) or (n,C,H,W), and labels."""
+    images = []
+    labels = []
+    parts = []
+    names = []
+    for part in ORDER:
+        x = arrays.get(f"x_{part}", [])
+        y = arrays.get(f"y_{part}", [])
+        if len(x) == 0:
             continue
-        require(known not in arrays, f"{known} is there twice, once as {name}")
-        arrays[known] = file[name]
-    return arrays, left_out
+        if part == "unlabelled":
+            y = np.full(len(x), "" if labels[0].dtype.kind == "U" else -1)
+        require(len(x) == len(y), f"x_{part} and y_{part} differ in number")
+        images.append(x)
+        labels.append(as_labels(y))
+        parts += len(x) * [part]
+        names += [f"{part}/{k}" for k in range(len(x))]
+    images, white, more_remarks = as_images(images)
+    classes = np.array(arrays.get("classes", [])).astype(str).tolist()
+    data = assemble(name, images, np.concatenate(labels), parts, names, classes, side, white,
+                    [*remarks, *more_remarks])
+    features = [arrays[f"f_{part}"] for part in ORDER if f"f_{part}" in arrays]
+    if features:
+        require(sum(map(len, features)) == len(names), "f_train, f_test and the like are not "
+                "of all images")
+        features = torch.from_numpy(np.concatenate(features)).float()
+        require(features.dim() == 2 and features.isfinite().all(),
+                f"features of shape {tuple(features.shape)}, or NaN; wanted (N,F), finite")
+        data.features, data.test_features = features.split([len(data.images),
+                                                            len(data.test_images)])
+    return data
 
 
-def as_labels(arrays: dict):
-    """Arrays of labels -> int64 tensors (n,), -1 for none; classes, if labels are names."""
-    flat = {}
-    for part, y in arrays.items():
-        if y.ndim == 2 and y.shape[1] > 1:
-            require((y.sum(1) == 1).all() and np.isin(y, (0, 1)).all(),
-                    f"y_{part} of shape {y.shape}; wanted (N,), or one-hot rows")
-            y = y.argmax(1)
-        flat[part] = y.reshape(-1)
-    y = np.concatenate(list(flat.values()))
-    classes = None
+def as_labels(y):
+    """Labels as whole numbers, names, or one-hot rows -> (n,) int64, or names."""
+    if y.ndim == 2 and y.shape[1] > 1:
+        rows = y
+        y = rows.argmax(1)
+        require((rows == np.eye(rows.shape[1])[y]).all(),
+                f"labels of shape {rows.shape}; wanted (N,), or one-hot rows")
+    y = y.reshape(-1)
     if y.dtype.kind in "US":
-        classes, y = np.unique(y.astype(str), return_inverse=True)
-        if classes[0] == "":            # no label; it comes first
-            classes = classes[1:]
-            y = y - 1
-        classes = classes.tolist()
-    require(y.dtype.kind in "buif" and (y % 1 == 0).all() and y.min() >= -1,
-            "labels must be whole numbers, names or one-hot rows; -1 or an empty name is none")
-    y = torch.from_numpy(y.astype(np.int64))
-    return dict(zip(flat, y.split([len(part) for part in flat.values()]))), classes
+        return y.astype(str)
+    require(y.dtype.kind in "buif" and (y % 1 == 0).all() and (y >= -1).all(),
+            "labels must be numbers from 0, names, or one-hot rows; -1 or no name is no label")
+    return y.astype(np.int64)
 
 
 # ---- pixels: one rule for a whole data set --------------------------------------------------
 
-def as_images(arrays: dict):
-    """Arrays of images by part -> uint8 tensors (n,C,H,W), the highest white level, remarks.
-
-    One scale a type: bytes beside 16-bit numbers are each read as their type is.
-    """
-    spans = collections.defaultdict(list)
-    shaped = {}
-    for part, array in arrays.items():
+def as_images(arrays):
+    """Arrays of images of one shape and type -> uint8 (M,C,H,W), white level, remarks."""
+    shaped = []
+    for array in arrays:
         if array.ndim == 3:
             array = array[:, None]
-        elif array.ndim == 4 and array.shape[3] in (1, 3):
-            array = array.transpose(0, 3, 1, 2)
-        require(array.ndim == 4 and array.shape[1] in (1, 3),
-                f"images of shape {array.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
-        shaped[part] = array
-        if array.size:
-            spans[array.dtype].append(span_of(array))
-    whites = {}
-    remarks = []
-    for dtype, some in spans.items():
-        whites[dtype], words = white_of(some)
-        remarks += words
-        highest = [high for _, high, _ in some]
-        require(whites[dtype] == 1 or not any(0 < high <= 1 for high in highest),
-                f"the highest pixels of the parts are {highest}; wanted one scale")
-    images = {}
-    for part, array in shaped.items():
-        pixels = to_bytes(array, whites.get(array.dtype, 255))
-        images[part] = torch.from_numpy(np.ascontiguousarray(pixels))
-    deep = [white for dtype, white in whites.items() if dtype != np.uint8]
-    return images, max(deep, default=1), remarks
+        elif array.shape[-1] in (1, 3):
+            array = np.moveaxis(array, -1, 1)
+        shaped.append(array)
+    kinds = {(*array.shape[1:], str(array.dtype)) for array in shaped}
+    require(len(kinds) == 1, f"images of {kinds}; wanted one shape and one type")
+    pixels = np.concatenate(shaped)
+    require(pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.size,
+            f"images of shape {pixels.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
+    peaks = [peak_of(array) for array in shaped]
+    white, remarks = white_of(peaks, pixels.dtype.kind != "f")
+    require(white == 1 or not any(0 < peak <= 1 for peak in peaks),
+            f"the highest pixels of the parts are {peaks}; wanted one scale")
+    images = torch.from_numpy(np.ascontiguousarray(to_bytes(pixels, white)))
+    return images, 1 if pixels.dtype == np.uint8 else white, remarks
 
 
-def span_of(pixels):
-    """The lowest and the highest of the pixels, and whether all are whole numbers."""
+def peak_of(pixels) -> float:
+    """The highest of the pixels; 255 for bytes, whatever they use of their range."""
     require(pixels.dtype.kind in "buif", f"pixels of type {pixels.dtype}; wanted numbers")
-    low = float(pixels.min())
-    high = float(pixels.max())
-    require(low >= 0 and high <= WHITES[-1],
+    low = float(pixels.min(initial=0))
+    high = float(pixels.max(initial=0))
+    require(low == 0 and high <= WHITES[-1],
             f"pixels span {low:g} to {high:g}; wanted numbers in [0, 1], [0, 255] or up to "
             "65535, and no NaN")
-    if pixels.dtype == np.uint8 and high > 1:
-        high = 255.0                    # whatever the images use of their range
-    return low, high, pixels.dtype.kind != "f" or not (pixels % 1).any()
+    return 255.0 if pixels.dtype == np.uint8 and high > 1 else high
 
 
-def white_of(spans, source="", white=1):
-    """The smallest usual white level, `white` at least, that holds all pixels; remarks.
+def white_of(peaks, whole, least=1, source=""):
+    """The lowest usual white level, `least` or above, that holds all pixels; remarks.
 
-    Floats may exceed 1 or 255 by a quarter, as scaled images do: they are clipped.
+    Floats, not `whole`, may exceed 1 or 255 by a quarter, as scaled images do.
     """
-    if not spans:
-        return white, []
-    lows, highs, wholes = zip(*spans)
-    high = max(highs)
-    whole = all(wholes)
-    span = f"pixels span {min(lows):g} to {high:.8g}"
-    require(whole or white > 1 or not 1.25 < high < 25,
-            f"{source}{span}; wanted [0, 1] or [0, 255]")
+    high = max(peaks, default=0)
+    require(whole or least > 1 or not 1.25 < high < 25,
+            f"{source}pixels of up to {high:g}; wanted [0, 1] or [0, 255]")
     for level in WHITES:
-        most = level if whole or level > 255 else 1.25 * level
-        if level >= white and high <= most:
+        slack = 1 if whole or level > 255 else 1.25
+        if level >= least and high <= slack * level:
             break
-    remarks = [] if high == level else [f"{span}, read as [0, {level}]"]
-    return level, remarks
+    if high in (0, level):
+        return level, []
+    return level, [f"pixels of up to {high:.8g} are read as [0, {level}]"]
 
 
-def to_bytes(pixels, white: int):
+def to_bytes(pixels, white):
     """Pixels in [0, white] -> uint8 in [0,255]."""
     if pixels.dtype == np.uint8 and white == 255:
         return pixels
@@ -813,123 +733,104 @@ def to_bytes(pixels, white: int):
     return levels.round().clip(0, 255).astype(np.uint8)
 
 
+def in_parts(function, images):
+    """The function's result for images (M,C,H,W), 1,000 at a time: it takes less memory."""
+    return torch.cat([function(part) for part in images.split(1000)])
+
+
 def in_colour(images):
-    """Which images (N,C,H,W) have channels that differ by more than JPEG files add, 2 levels?"""
-    marks = [torch.zeros(0, dtype=torch.bool)]
-    for part in images.split(1000):
-        spread = part.amax(1) - part.amin(1)
-        marks.append(spread.flatten(1).amax(1) > 2)
-    return torch.cat(marks)
+    """In which images (M,) channels differ by more than 2 levels, which JPEG files add?"""
+    spread = images.amax(1) - images.amin(1)
+    return spread.flatten(1).amax(1) > 2
 
 
 def to_grey(images):
-    """uint8 (N,C,H,W) -> (N,1,H,W), with the weights of ITU-R 601."""
+    """uint8 (M,C,H,W) -> (M,1,H,W), with the weights of ITU-R 601."""
     if images.shape[1] == 1:
         return images
     weights = torch.tensor([19595, 38470, 7471])[:, None, None]         # of 2^16, as in PIL
-    parts = []
-    for part in images.split(1000):
-        total = (part * weights).sum(1, True) + 2**15
-        parts.append((total >> 16).byte())
-    return torch.cat(parts)
+    total = (images * weights).sum(1, True) + 2**15
+    return (total >> 16).byte()
 
 
 def ground_of(images):
-    """The mean level (N,) of the top and bottom rows of images (N,C,H,W)."""
+    """The mean level (M,) of the top and bottom rows of images (M,C,H,W)."""
     return images[:, :, [0, -1]].float().mean((1, 2, 3))
 
 
-def resize(images, side: int):
-    """uint8 (N,C,H,W) -> uint8 (N,C,side,side), the middle square of each, antialiased."""
+def resize(images, side):
+    """uint8 (M,C,H,W) -> uint8 (M,C,side,side), the middle square of each, antialiased."""
     square = min(images.shape[2:])
     for axis in (2, 3):
         margin = images.shape[axis] - square
         images = images.narrow(axis, margin // 2, square)
-    parts = []
-    for part in images.split(1000):
-        part = F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True)
-        part = part.round().clamp(0, 255)               # byte() would cut off, and wrap round
-        parts.append(part.byte())
-    return torch.cat(parts)
+    images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    return images.round().clamp(0, 255).byte()          # byte() would cut off, and wrap round
 
 
-# ---- folders of pictures --------------------------------------------------------------------
+# ---- data sets: folders of pictures ---------------------------------------------------------
 
-def folder_dataset(run: Run, root: Path) -> Dataset:
+def folder_dataset(root, run):
     """root/<class>/*, a fifth of it for test; or root/train/<class>/*, and so for test.
 
     root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
     """
-    left_out = []
-    samples = find_samples(root, left_out)
-    files = [file for _, file, _ in samples]
-    images, white, remarks, damaged = read_pictures(files, root, run)
-    samples = [sample for sample in samples if sample[1] not in damaged]
-    if left_out:
-        counts = collections.Counter(left_out).most_common()
-        remarks.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in counts))
+    samples = find_samples(root)
+    left_out = Counter(file.suffix.lower() for file in files_below(root))
+    left_out.subtract(file.suffix.lower() for _, file, _ in samples)
+    words = [f"{count:,} {kind or 'others'}" for kind, count in left_out.items() if count > 0]
+    remarks = [f"left out: {', '.join(words)}"] if words else []
+    pixels, white, more_remarks = read_pictures([file for _, file, _ in samples], root, run)
+    samples = [sample for sample in samples if sample[1] in pixels]
+    require(samples, f"{root}: no pictures")
 
-    parts = [part for part, _, _ in samples]
-    names = [readable(file.relative_to(root).as_posix()) for _, file, _ in samples]
-    classes = sorted({name for _, _, name in samples if name})
-    labels = torch.tensor([classes.index(name) if name else -1 for _, _, name in samples])
-    if "test" not in parts:             # the fifth does not depend on --seed: test stays test
-        in_train = torch.tensor([part == "train" for part in parts])
-        for row in set_aside(torch.where(in_train, labels, -1), names, 0.2).tolist():
-            parts[row] = "test"
-    rows = collections.defaultdict(list)
-    for row, part in enumerate(parts):
-        rows[part].append(row)
-    return assemble(name_of(root), {part: images[some] for part, some in rows.items()},
-                    {part: labels[some] for part, some in rows.items()}, classes,
-                    {part: [names[row] for row in some] for part, some in rows.items()},
-                    remarks=remarks, white=white)
+    names = {file: readable(file.relative_to(root).as_posix()) for _, file, _ in samples}
+    if "test" not in [part for part, _, _ in samples]:
+        # The fifth does not depend on --seed: what tests stays what tests.
+        training = [label if part == "train" else "" for part, _, label in samples]
+        for row in set_aside(training, list(names.values()), 0.2).tolist():
+            samples[row] = ("test", *samples[row][1:])
+    samples.sort(key=lambda sample: ORDER.index(sample[0]))
+    parts, files, labels = zip(*samples)
+    images = torch.from_numpy(np.stack([pixels[file] for file in files]))
+    return assemble(name_of(root), images, np.array(labels), parts,
+                    [names[file] for file in files], None, run.image_size, white,
+                    remarks + more_remarks, files)
 
 
-def find_samples(root: Path, left_out: list) -> list:
-    """(part, file, class) of each picture below a folder; the class is None where there is none.
-
-    What is left out goes to the list of that name.
-    """
+def find_samples(root):
+    """(part, file, class) of each picture below a folder; the class is "" if it has none."""
     samples = []
     for part, folder in find_parts(root).items():
         if part == "unlabelled":
-            samples += [(part, file, None) for file in pictures_in(folder, left_out)]
+            samples += [(part, file, "") for file in pictures_in(folder)]
         else:
-            samples += class_samples(folder, part, left_out)
+            samples += class_samples(folder, part)
     return samples
 
 
-def find_parts(root: Path) -> dict:
+def find_parts(root) -> dict:
     """{"train": a folder of classes, "test": ...}; of one without parts, {"train": root}."""
-    parts = {}
-    others = []
-    hints = {}
-    for folder in subfolders(root, []):
-        part = PARTS.get(folder.name.lower())
-        if part:
-            other = parts.setdefault(part, folder)
-            require(other == folder, f"{root}: {other.name}/ and {folder.name}/ are either "
-                    f"both its {part} images, or two classes; rename one")
-        else:
-            others.append(folder)
-            hints[hinted_part(folder.name)] = folder.name
-    if not parts.keys() - {"unlabelled"}:
-        renames = [f"{name}/ to {part}/" for part, name in hints.items() if part]
+    folders = subfolders(root)
+    parts = {PARTS[path.name.lower()]: path for path in folders if path.name.lower() in PARTS}
+    others = [path.name for path in folders if path not in parts.values()]
+    if parts.keys() <= {"unlabelled"}:
+        renames = {hinted_part(name): f"{name}/ to {hinted_part(name)}/" for name in others}
+        renames.pop(None, "")
         require(len(renames) < 2, f"{root}: are these parts of the data set? then rename "
-                f"{' and '.join(renames)}; else call these classes something else")
+                f"{' and '.join(renames.values())}; else call these classes something else")
         return {"train": root}
-    names = "/, ".join(folder.name for folder in parts.values())
-    classes = [folder.name for folder in others if pictures_in(folder, [])]
-    require(not classes, f"{root}: {names}/ beside {'/, '.join(classes)}/: either the former "
+    beside = [name for name in others if pictures_in(root / name)]
+    names = "/, ".join(path.name for path in parts.values())
+    require(not beside, f"{root}: {names}/ beside {'/, '.join(beside)}/: either the former "
             "are parts of the data set, and the latter should be elsewhere, or all are "
             "classes; move or rename some")
     require("train" in parts, f"{root}: there is {names}/ but no train/")
     return parts
 
 
-def hinted_part(name: str) -> str | None:
-    """The part that seg_train, Test set or unlabeled_data may be meant for."""
+def hinted_part(name) -> str | None:
+    """The part that a folder called seg_train, Test set or unlabeled_data may be meant for."""
     for word in re.split(r"[\W_]+", name.lower()):
         part = PARTS.get(word.removesuffix("set"))
         if part:
@@ -937,120 +838,108 @@ def hinted_part(name: str) -> str | None:
     return None
 
 
-def class_samples(folder: Path, part: str, left_out: list) -> list:
+def class_samples(folder, part):
     """(part, file, class) of each picture in a folder of classes."""
     samples = []
-    classes = subfolders(folder, left_out)
-    for path in list(classes):
-        if PARTS.get(path.name.lower()) == "unlabelled":
-            require(part == "train", f"{path}: images without a label are for training; move "
-                    f"them to {folder.parent / path.name}")
-            samples += [("unlabelled", file, None) for file in pictures_in(path, left_out)]
+    classes = subfolders(folder)
+    for path in subfolders(folder):
+        if part == "train" and PARTS.get(path.name.lower()) == "unlabelled":
             classes.remove(path)
-        require(path not in classes or hinted_part(path.name) != "unlabelled",
-                f"{path}: is that a class? if its images have no label, rename it unlabelled, "
-                "else anything else")
-    require(len(classes) != 1 or not subfolders(classes[0], []),
-            f"{folder}: all is in {classes[0].name}/; if its folders are the classes, "
-            f"give {classes[0]}, or move them to {folder}" if classes else "")
+            samples += [("unlabelled", file, "") for file in pictures_in(path)]
+    require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each")
+    require(len(classes) > 1 or not subfolders(classes[0]), f"{folder}: all is in "
+            f"{classes[0].name}/; if the folders there are the classes, give {classes[0]}, or "
+            "move them one up")
     for path in classes:
-        files = pictures_in(path, left_out)
+        require(hinted_part(path.name) != "unlabelled", f"{path}: have these images no label? "
+                "then rename it unlabelled, among those for training; else call it otherwise")
+        files = pictures_in(path)
         require(files, f"{folder}: no pictures in {path.name}/; remove it, or add some "
                 f"({' '.join(IMAGE_FILES)})")
         samples += [(part, file, readable(path.name)) for file in files]
-    require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each")
-    left_out += ["pictures in no class" for path in folder.iterdir() if is_picture(path)]
     return samples
 
 
-def subfolders(folder: Path, left_out: list) -> list:
+def subfolders(folder):
     """The folders in a folder, by name, but for hidden ones."""
-    return [path for path in sorted(folder.iterdir())
-            if path.is_dir() and not is_hidden(path, left_out)]
+    return [path for path in sorted(Path(folder).iterdir())
+            if path.is_dir() and not is_hidden(path)]
 
 
-def is_hidden(path: Path, left_out: list) -> bool:
-    """Is it what systems put beside pictures, or a folder of our results, which is noted?"""
-    if path.name.startswith(".") or path.name.lower() in HIDDEN:
-        return True
-    # Where a script has worked is a .lock; by default that is a folder in runs/.
+def is_hidden(path: Path) -> bool:
+    """Is it what systems put beside pictures, or a folder that a script has worked in?"""
     ours = (path / ".lock").exists() or path.name == "runs" and any(path.glob("*/.lock"))
-    if ours:
-        left_out.append(f"{path.name}/ with results")
-    return ours
+    return ours or path.name.startswith(".") or path.name.lower() in HIDDEN
 
 
-def is_picture(path: Path) -> bool:
-    return path.name.lower().endswith(IMAGE_FILES)
+def pictures_in(folder: Path) -> list:
+    """The picture files below a folder, in order."""
+    return [file for file in files_below(folder) if file.name.lower().endswith(IMAGE_FILES)]
 
 
-def pictures_in(folder: Path, left_out: list, seen=None) -> list:
-    """The picture files below a folder, in order; the endings of others go to `left_out`."""
-    seen = set() if seen is None else seen
-    place = os.path.realpath(folder)
-    if place in seen:                   # a link back to a folder above
-        return []
-    seen.add(place)
+def files_below(folder):
+    """The files below a folder, in order, but for hidden ones."""
     files = []
-    for path in folder.iterdir():
-        if is_hidden(path, left_out):
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:                # by a link back to a folder above
+            folders.clear()
             continue
-        if path.is_dir():
-            files += pictures_in(path, left_out, seen)
-        elif is_picture(path):
-            files.append(path)
-        else:
-            left_out.append(path.suffix.lower() or path.name)
-    return sorted(files, key=lambda path: (str(path.parent), path.name))
+        seen.add(here)
+        folders[:] = [path.name for path in subfolders(place)]          # to walk through
+        paths = [Path(place, name) for name in sorted(names)]
+        files += [path for path in paths if not is_hidden(path)]
+    return files
 
 
-def read_pictures(files: list, root: Path, run: Run):
-    """Pictures -> uint8 (n,3,side,side), their white level, remarks, the files left out.
+def read_pictures(files, root, run):
+    """-> {file: uint8 (3,side,side)} of all that can be read, their white level, remarks.
 
     OUT/images.npz keeps what has been read, also when interrupted: each is decoded once.
     """
     side = run.image_size
     cache = run.out / "images.npz"
     marks = {file: mark_of(file, root, side) for file in files}
+    wanted = set(marks.values())
     kept, white = read_cache(cache)
     remarks = []
-    damaged = []
-    if not kept.keys() >= set(marks.values()):
-        print(f"reading {len(files):,} images", file=sys.stderr)
+    if kept.keys() != wanted:
+        say(f"reading {len(wanted - kept.keys()):,} images")
         before = white
-        white, remarks = white_of(deep_spans(files), f"{root}: ")
-        kept = {mark: kept[mark] for mark in marks.values() if mark in kept and white == before}
+        white, remarks = white_of(*deep_peaks(files), source=f"{root}: ")
+        if white != before:             # then all were read otherwise
+            wanted = set()
+        kept = {mark: pixels for mark, pixels in kept.items() if mark in wanted}
         try:
             for file, mark in marks.items():
                 if mark not in kept:
-                    try:
+                    with contextlib.suppress(Mistake):  # the damaged are named below
                         kept[mark] = read_image(file, (side, side), white)
-                    except Mistake:
-                        damaged.append(file)
         finally:
             write(cache, {"marks": list(kept), "pixels": list(kept.values()), "white": white})
+    damaged = [file.relative_to(root).as_posix() for file in files if marks[file] not in kept]
     if damaged:
-        words = ", ".join(file.relative_to(root).as_posix() for file in damaged)
-        require(run.skip_damaged, f"{root}: {len(damaged)} of {len(files)} pictures cannot be "
-                f"read: {words}; mend or remove them, or go on without: --skip-damaged")
-        remarks.append(f"{len(damaged):,} damaged pictures left out: {words}")
-    pixels = [kept[mark] for mark in marks.values() if mark in kept]
-    require(pixels, f"{root}: no picture can be read")
-    return torch.from_numpy(np.stack(pixels)), white, remarks, damaged
+        words = f"{len(damaged):,} pictures that cannot be read: {', '.join(damaged)}"
+        require(run.skip_damaged, f"{root}: {words}; mend or remove them, or go on without "
+                "them with --skip-damaged")
+        remarks.append(f"left out: {words}")
+    return {file: kept[mark] for file, mark in marks.items() if mark in kept}, white, remarks
 
 
-def mark_of(file: Path, root: Path, side: int) -> str:
+def mark_of(file, root, side) -> str:
     """What tells a picture, as it is now and at this size, from others."""
     about = file.stat()
-    name = str(file.relative_to(root))
-    return fingerprint(json.dumps([side, name, about.st_size, about.st_mtime_ns]).encode())
+    facts = [side, str(file.relative_to(root)), about.st_size, about.st_mtime_ns]
+    return fingerprint(json.dumps(facts).encode())
 
 
-def read_cache(path: Path):
-    """-> {mark: pixels (3,side,side)}, white level; {} and 0 where there are none."""
+def read_cache(path):
+    """-> {mark: pixels (3,side,side)}, white level; {} and 0 without any."""
     try:
         with np.load(path, allow_pickle=False) as file:         # it knows a damaged one
-            return dict(zip(file["marks"].tolist(), file["pixels"])), int(file["white"])
+            kept = dict(zip(file["marks"].tolist(), file["pixels"]))
+            return kept, int(file["white"])
     except Exception:                   # numpy, zip and zlib each have their own errors
         return {}, 0
 
@@ -1061,7 +950,7 @@ def read_cache(path: Path):
 def open_picture(path):
     """A PIL image; whatever is wrong with the file becomes one line that names it."""
     from PIL import Image
-    Image.MAX_IMAGE_PIXELS = 2**29      # PIL refuses twice as many; photographs have 2**28
+    Image.MAX_IMAGE_PIXELS = 2**29      # PIL refuses twice as many; cameras make 2**28
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1072,14 +961,16 @@ def open_picture(path):
                       ) from None
 
 
-def deep_spans(files) -> list:
-    """`span_of` each picture that has more than 8 bits."""
-    spans = []
+def deep_peaks(files):
+    """The highest pixel of each picture that has more than 8 bits; are all whole numbers?"""
+    peaks = []
+    whole = True
     for file in files:
         with contextlib.suppress(Mistake), open_picture(file) as picture:
             if picture.mode[0] in "IF":
-                spans.append(span_of(np.asarray(picture)))
-    return spans
+                peaks.append(peak_of(np.asarray(picture)))
+                whole = whole and picture.mode[0] == "I"
+    return peaks, whole
 
 
 def read_image(path, size, white=65535):
@@ -1090,77 +981,298 @@ def read_image(path, size, white=65535):
     """
     from PIL import Image, ImageOps
     height, width = size
-    reach = 2 * max(size)
+    picture = upright(path, white, 2 * max(size))
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(picture).transpose(2, 0, 1).copy()
+
+
+def upright(path, white=65535, reach=512):
+    """A picture as PIL's RGB image, upright, on white; large JPEGs no smaller than `reach`."""
+    from PIL import Image, ImageOps
     with open_picture(path) as picture:
-        picture.draft(None, (reach, reach))             # large JPEGs are decoded smaller
-        picture = ImageOps.exif_transpose(picture)
+        picture.draft(None, (reach, reach))             # they are decoded faster so
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode[0] in "IF":
-            picture = Image.fromarray(to_bytes(np.asarray(picture), white))
+            pixels = np.asarray(picture)
+            peak_of(pixels)             # refuses numbers below 0, and what is no number
+            picture = Image.fromarray(to_bytes(pixels, white))
         if "A" in picture.mode or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(ground, picture)
-        picture = picture.convert("RGB")
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(picture).transpose(2, 0, 1).copy()
+        return picture.convert("RGB")
+
+
+def square(picture, side):
+    """The middle of a PIL image as floats in [0,1] (3,side,side)."""
+    from PIL import ImageOps
+    picture = ImageOps.fit(picture, (side, side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
 def read_like(path, facts: dict):
     """A picture as those of a data set are -> uint8 (1,C,H,W), what was done."""
     channels, height, width = facts["shape"]
-    white, remarks = white_of(deep_spans([path]), f"{path}: ", facts["white"])
+    white, remarks = white_of(*deep_peaks([path]), facts["white"], f"{path}: ")
     image = torch.from_numpy(read_image(path, (height, width), white))[None]
-    kind = "RGB"
-    if channels == 1:
-        kind = "grey"
-        image = to_grey(image)
-        ground = ground_of(image).item()
+    if channels == 3:
+        return image, ", ".join([f"{path}: RGB, {height}x{width}", *remarks])
+    image = to_grey(image)
+    ground = ground_of(image).item()
 
-        def distance(level):
-            return min(abs(level - other) for other in facts["ground"])
+    def distance(level):
+        return min(abs(level - other) for other in facts["ground"])
 
-        # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
-        if distance(255 - ground) + 64 < distance(ground):
-            image = 255 - image
-            remarks.append("inverted to the data set's background")
-    return image, ", ".join([f"{path}: {kind}, {height}x{width}", *remarks])
+    # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
+    if distance(255 - ground) + 64 < distance(ground):
+        image = 255 - image
+        remarks.append("inverted to the data set's background")
+    return image, ", ".join([f"{path}: grey, {height}x{width}", *remarks])
+
+
+# ---- features: what a pretrained network sees in the pictures -------------------------------
+
+PART = 500                              # pictures whose features are written together
+
+
+class Backbone:
+    """A pretrained network and its preprocessing: PIL pictures -> features (B,F), float16.
+
+    `spec` is a file of the user's with a class Backbone and its SIZE, or the name of a
+    classification network of torchvision.models, whose weights are downloaded once.
+    """
+
+    def __init__(self, spec: str, device):
+        self.spec = spec
+        self.device = device
+        make = backbone_of_file if spec.endswith(".py") else backbone_of_torchvision
+        network, self.prepare = make(spec)
+        self.network = network.to(device, memory_format=torch.channels_last).eval()
+        weights = [value.cpu().numpy().tobytes() for value in network.state_dict().values()]
+        about = Path(spec).read_bytes() if spec.endswith(".py") else spec.encode()
+        self.mark = fingerprint(b"".join([about, *weights]))
+
+    @torch.inference_mode()
+    def __call__(self, pictures):
+        batch = torch.stack([self.prepare(picture) for picture in pictures]).to(self.device)
+        features = self.network(batch.contiguous(memory_format=torch.channels_last))
+        require(features.dim() == 2 and len(features) == len(batch),
+                f"{self.spec} makes features {tuple(features.shape)} of images "
+                f"{tuple(batch.shape)}; wanted (B,F)")
+        features = features.half().cpu()
+        require(features.isfinite().all(), f"{self.spec} makes features that are not finite "
+                "in half precision")
+        return features
+
+
+def backbone_of_file(spec: str):
+    """The network of a file of the user's, and what makes a picture its input."""
+    require(Path(spec).exists(), f"--backbone {spec}: there is no such file")
+    about = importlib.util.spec_from_file_location("backbone", spec)
+    module = importlib.util.module_from_spec(about)
+    try:
+        about.loader.exec_module(module)
+        side = int(module.SIZE)
+        network = module.Backbone()
+    except Exception as error:          # whatever the file does
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == about.origin]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"{spec}, line {line}" if line else spec
+        raise Mistake(f"{where}: {type(error).__name__}: {error}; wanted a class Backbone, "
+                      "images (B,3,S,S) -> features (B,F), and SIZE") from None
+
+    return network, functools.partial(square, side=side)
+
+
+def backbone_of_torchvision(name: str):
+    """A network of torchvision.models without its last layer, and its own preprocessing."""
+    from torchvision import models
+    names = models.list_models(module=models)
+    near = difflib.get_close_matches(name, names, 3)
+    require(name in names, f"--backbone {name}: no such network in torchvision.models"
+            + (f"; did you mean {' or '.join(near)}?" if near else ", and no file .py"))
+    weights = models.get_model_weights(name).DEFAULT
+    place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    there = place.exists()
+    try:
+        network = models.get_model(name, weights=weights)
+    except Exception as error:          # each part of the network has its own
+        remedy = "remove that file" if there else f"put the file of {weights.url} there"
+        state = "is damaged" if there else "is missing, and downloading failed"
+        raise Mistake(f"--backbone {name}: {place} {state} ({error}); {remedy}") from None
+    last = [key for key, layer in network.named_modules()
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))][-1]
+    parent, _, key = last.rpartition(".")
+    setattr(network.get_submodule(parent), key, torch.nn.Identity())
+    return network, weights.transforms()
+
+
+def add_features(run, data):
+    """Give a data set the features of its pictures: those that OUT keeps, and missing ones."""
+    if run.backbone is None or data.features is not None:
+        return
+    images = itertools.chain(data.images.numpy(), data.test_images.numpy())
+    keys = [fingerprint(name.encode() + image.tobytes())
+            for name, image in zip(data.names, images)]
+    mark = run.record.get("backbone")
+    backbone = None
+    if mark is None or "backbone" in run.changed:
+        backbone = named_backbone(run)
+        mark = backbone.mark
+    known = read_features(run.out, mark)
+    missing = [row for row, key in enumerate(keys) if key not in known]
+    if missing:
+        compute_features(run, data, backbone or named_backbone(run), keys, missing, known)
+    features = torch.from_numpy(np.stack([known[key] for key in keys]))
+    data.features, data.test_features = features.split([len(data.images),
+                                                        len(data.test_images)])
+    data.backbone = mark
+    if data.images.shape[1] == 1:
+        data.remarks.append("the network sees grey pictures in three equal channels")
+
+
+def named_backbone(run) -> Backbone:
+    """The network of a run; a file of the user's runs only when the command names it."""
+    require("backbone" in run.changed or not run.backbone.endswith(".py"),
+            f"for new pictures name the network again: --backbone {run.backbone}")
+    return Backbone(run.backbone, run.device)
+
+
+def compute_features(run, data, backbone, keys, missing, known):
+    """Features of the missing rows, into `known` and, in parts, into OUT."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
+    progress = Progress(len(missing), "features", run.quiet)
+    for start in range(0, len(missing), PART):
+        rows = missing[start:start + PART]
+        parts = []
+        for first in range(0, len(rows), 50):
+            some = rows[first:first + 50]
+            parts.append(backbone([data.original(row) for row in some]).numpy())
+            progress(start + first + len(some))
+        features = np.concatenate(parts)
+        names = [keys[row] for row in rows]
+        known.update(zip(names, features))
+        write(run.out / f"features-{backbone.mark}-{names[0]}.npz",
+              {"keys": names, "features": features})
+    torch.set_num_threads(threads)
+
+
+def read_features(out: Path, mark: str) -> dict:
+    """{key of a picture: its features (F,)} that a folder keeps of a network."""
+    known = {}
+    for path in out.glob(f"features-{mark}-*.npz"):
+        with contextlib.suppress(Exception):            # a damaged part is made anew
+            with np.load(path, allow_pickle=False) as file:
+                known.update(zip(file["keys"].tolist(), file["features"]))
+    return known
+
+
+class Inputs:
+    """What models see of a data set: its images or, if it has them, its features.
+
+    These are brought to unit length, centred on the mean of some rows, and scaled so that a
+    number is as large as its standard deviation there, on average.
+    """
+
+    def __init__(self, data: Dataset, rows):
+        self.data = data
+        self.mean = None
+        if data.features is not None:
+            total = 0.0
+            for part in rows.split(5000):
+                total = total + unit_length(data.features[part]).sum(0)
+            self.mean = total / len(rows)
+            square = 0.0
+            for part in rows.split(5000):
+                x = unit_length(data.features[part]) - self.mean
+                square = square + x.square().sum()
+            self.scale = float((square / len(rows) / len(self.mean)).rsqrt())
+
+    def __getitem__(self, rows):
+        """Of some training rows: uint8 (n,C,H,W), or float32 (n,F)."""
+        data = self.data
+        return self.of(data.images[rows] if self.mean is None else data.features[rows])
+
+    def test(self):
+        """Of the test images."""
+        data = self.data
+        return self.of(data.test_images if self.mean is None else data.test_features)
+
+    def of(self, x):
+        """Images as they are; features normalised."""
+        return x if self.mean is None else normalised(x, self.mean, self.scale)
+
+    def fields(self) -> dict:
+        """For files: by what features are normalised."""
+        return {} if self.mean is None else {"mean": self.mean.cpu(), "scale": self.scale}
+
+
+def reader(run, saved, mean=None, scale=1.0):
+    """What makes a picture's file an input like those of a loaded file -> a function of the
+    path: (input (1,...), what was done).
+    """
+    facts = saved["dataset"]
+    if mean is None:
+        return functools.partial(read_like, facts=facts)
+    require(facts["backbone"], f"the features came with {facts['name']}; of a new picture "
+            "there are none")
+    backbone = named_backbone(run)
+    require(backbone.mark == facts["backbone"], f"{run.out} is of another network than "
+            f"{run.backbone} is now")
+
+    def read_input(path):
+        features = backbone([upright(path, facts["white"])])
+        return normalised(features, mean, scale), f"{path}: seen by {run.backbone}"
+
+    return read_input
+
+
+def unit_length(features):
+    return F.normalize(features.float(), dim=1)
+
+
+def normalised(features, mean, scale: float):
+    """Features (n,F), as a network makes them -> as models see them."""
+    return (unit_length(features) - mean) * scale
 
 
 # ---- rows: which images train, which choose, which labels count -----------------------------
 
-def set_aside(labels, names: list, share: float, last=False) -> torch.Tensor:
-    """Rows, sorted: of each class a share, but one at least, unless it has only one image.
+def set_aside(labels: list, names: list, share: float, last=False) -> Tensor:
+    """Rows, sorted: of each class a share, and one at least, unless it has only one image.
 
-    A hash of their names picks them, the smallest or the `last`: so a new image moves no
-    more than one other of its class.
+    The hashes of their names pick them, the smallest or the `last` ones: so a new image moves
+    at most one other. Rows of the label -1 or "" belong to no class.
     """
+    def key(row):
+        return hashlib.sha256(names[row].encode()).digest()
+
     rows = []
-    for c in labels[labels >= 0].unique():
-        mine = (labels == c).nonzero()[:, 0].tolist()
-        mine.sort(key=lambda row: hashlib.sha256(names[row].encode()).digest(), reverse=last)
+    for c in set(labels) - {-1, ""}:
+        mine = [row for row, label in enumerate(labels) if label == c]
+        mine.sort(key=key, reverse=last)
         count = max(round(len(mine) * share), int(len(mine) > 1))
         rows += mine[:count]
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def shuffled_classes(labels, rows, seed: int) -> list:
-    """The rows of each class that has some, in an order that the seed decides."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = rows[torch.randperm(len(rows), generator=generator)]
-    return [rows[labels[rows] == c] for c in labels[rows].unique()]
-
-
-def subset(data: Dataset, n: int, seed: int, subsets=10) -> torch.Tensor:
-    """n rows with a label, as many of each class to within one; a smaller n is in a larger one.
+def subset(data: Dataset, n: int, seed: int, subsets=10) -> Tensor:
+    """n rows with a label, equally many a class to within one; a smaller n is in a larger one.
 
     Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class: they
     share no image while each class gives at most 1/subsets of its images.
     """
-    rows = data.labelled()
+    rows = data.labelled().cpu()
     require(n <= len(rows),
             f"{n} images asked for; there are {len(rows)} besides validation images")
+    generator = torch.Generator().manual_seed(seed // subsets)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    y = data.labels.cpu()[rows]
     parts = []
-    for part in shuffled_classes(data.labels.cpu(), rows.cpu(), seed // subsets):
+    for c in y.unique():
+        part = rows[y == c]
         parts.append(part.roll(-(seed % subsets) * len(part) // subsets))
     if n < len(parts):                  # not the first classes every time
         order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
@@ -1168,67 +1280,67 @@ def subset(data: Dataset, n: int, seed: int, subsets=10) -> torch.Tensor:
     places = [torch.arange(len(part)) for part in parts]
     # The first of each class, then the second of each, and so on.
     turn = torch.cat(places).argsort(stable=True)
-    return torch.cat(parts)[turn][:n].to(rows.device)
+    return torch.cat(parts)[turn][:n].to(data.labels.device)
 
 
 def say_if_few(n: int, data: Dataset):
     """A word on subsets that have no image of some classes."""
-    classes = len(data.classes)
-    if n < classes and RANK == 0:
-        print(f"{n} images for {classes} classes: --seed draws which have one",
-              file=sys.stderr)
+    if n < len(data.classes):
+        say(f"{n} images for {len(data.classes)} classes: --seed draws which have one")
 
 
-def training_rows(data: Dataset, run: Run) -> torch.Tensor:
-    """Rows to learn from: --images N of them, all with a label, or else the whole pool."""
+def training_rows(data: Dataset, run: Run) -> Tensor:
+    """Rows to learn from: at most --images N, all with a label, or else the whole pool."""
     if run.images is None:
         return data.pool
     say_if_few(run.images, data)
-    return subset(data, run.images, run.seed)
+    count = min(run.images, len(data.labelled()))
+    if count < run.images and not run.bound:
+        say(f"there are {count} images with a label besides validation images: all are used")
+    return subset(data, count, run.seed)
 
 
 def fit_sizes(sizes: list, asked: bool, available: int) -> list:
-    """Sizes, sorted, that `available` images allow; those that were `asked` for are not cut."""
+    """Sizes, sorted, that `available` images allow; what was `asked` for is not cut."""
     fitting = sorted({min(n, available) for n in sizes})
     if max(sizes) > available:
         require(not asked, f"{max(sizes)} images asked for; there are {available} besides "
-                f"validation images; give smaller SIZES (--sizes)")
-        print(f"{available} images to train on: sizes are {fitting}", file=sys.stderr)
+                "validation images; give smaller SIZES (--sizes)")
+        say(f"there are {available} images to train on; sizes: {fitting}")
     return fitting
 
 
-def keep_labels(data: Dataset, n: int, seed: int):
+def keep_labels(data, n, seed):
     """Of the pool n images keep their label."""
     kept = subset(data, n, seed)
     say_if_few(n, data)
-    labels = data.labels.clone()
+    labels = data.labels[kept]
     data.labels[data.pool] = -1
-    data.labels[kept] = labels[kept]
+    data.labels[kept] = labels
 
 
-def correct_labels(data: Dataset, file: Path):
+def correct_labels(data, file):
     """Give images the labels that a table has for them in its column new_label."""
     rows = {name.strip(): row for row, name in enumerate(data.names)}
     numbers = {name.strip(): c for c, name in enumerate(data.classes)}
     labels = torch.cat([data.labels, data.test_labels])
     # A picture that was moved into the folder of its class has that label by now.
-    moved = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
+    placed = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
     given = {}
     for line in read_table(file, ["image", "new_label"]):
         image = line["image"]
         name = line["new_label"]
         if not name:
             continue
-        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
-                f"are {', '.join(data.classes[:20])}")
         require(given.setdefault(image, name) == name,
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
-        if image in rows:
-            labels[rows[image]] = numbers[name]
-            continue
-        require((Path(image).name, numbers[name]) in moved,
+        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
+                f"are {', '.join(data.classes[:20])}")
+        require(image in rows or (Path(image).name, numbers[name]) in placed,
                 f"{file}: {data.name} has no image {image!r}; they are called "
                 f"{data.names[0]} and so on, see latent.csv")
+        if image in rows:
+            labels[rows[image]] = numbers[name]
     require(given, f"{file}: no line has a new label; write some into its column new_label")
     data.labels, data.test_labels = labels.split([len(data.labels), len(data.test_labels)])
     data.remarks.append(f"{len(given):,} labels are those of {file}")
@@ -1242,7 +1354,7 @@ def spaced(total: int, count: int) -> torch.Tensor:
 # ---- files ----------------------------------------------------------------------------------
 
 def write(path: Path, content):
-    """Write JSON, CSV, a figure, arrays or a .pt beside `path`, then move it there in one step."""
+    """Write JSON, CSV, a figure, arrays or a .pt; `path` is whole, or as it was before."""
     write_all({path: content})
 
 
@@ -1278,22 +1390,22 @@ def as_bytes(content, suffix: str):
 
 
 def columns(first: list, classes: list) -> list:
-    """Names of the columns of a table, in which a class may be called like one of the first."""
+    """Names of a table's columns; a class may be called like one of the first."""
     return [*first, *(f"class {name}" if name in first else name for name in classes)]
 
 
 def read_table(file: Path, wanted: list) -> list:
-    """A dict a line of a table that has these columns; their cells in NFC, without blanks."""
+    """A dict a line of a table with these columns, whose cells are in NFC and stripped."""
     try:
-        text = file.read_text("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")    # with every CR
         mark = max(",;\t", key=text.partition("\n")[0].count)  # some spreadsheets write ";"
         lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
     except (UnicodeDecodeError, csv.Error):
-        raise Mistake(f"{file} is no table in UTF-8; save it as CSV UTF-8") from None
+        raise Mistake(f"{file} is no table of text in UTF-8; save it as CSV UTF-8") from None
     for line in lines:
         for column in wanted:
-            require(column in line, f"{file} has no column {column}; wanted "
-                    f"{' and '.join(wanted)}, as latent.py --review writes them")
+            require(column in line,
+                    f"{file} has no column {column}; wanted {','.join(wanted)}")
             line[column] = readable(line[column] or "").strip()
     return lines
 
@@ -1306,7 +1418,7 @@ def fingerprint(source: Path | bytes) -> str:
 
 
 def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **content):
-    """Write path (its stem is its kind) and its facts as .json; the work is no longer unfinished."""
+    """Write path, whose stem is its kind, and its facts as .json; the work is finished."""
     facts = {"kind": path.stem, "format": FORMAT, "settings": run.settings,
              "changed": run.changed, "metrics": metrics, "dataset": data.facts(),
              "made_from": {source.stem: fingerprint(source) for source in made_from},
@@ -1316,12 +1428,14 @@ def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **con
 
 
 def versions() -> dict:
-    """Of the libraries that a result depends on."""
+    """Those of the libraries that a result depends on."""
     return {"torch": str(torch.__version__), "numpy": str(np.__version__)}
 
 
 def read(path: Path, device="cpu") -> dict:
-    """A .pt file of plain tensors; raises where a bit has changed, which torch overlooks."""
+    """A .json, or a .pt of plain tensors; raises, as torch does not, if a bit has changed."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
     with zipfile.ZipFile(path) as file:
         require(not file.testzip(), f"{path} is damaged")
     return torch.load(path, map_location=device, weights_only=True)
@@ -1334,20 +1448,19 @@ def load(run: Run, kind: str, device="cpu") -> dict:
     require(path.exists(), f"{path} not found; {remedy}")
     try:
         saved = read(path, device)
-        stated = saved["kind"], saved["format"]
+        facts = saved["dataset"]
+        require([saved["kind"], saved["format"]] == [kind, FORMAT], "")
     except Exception:                   # zip, pickle and torch each have their own errors
-        raise Mistake(f"{path} is damaged; {remedy}") from None
-    require(stated == (kind, FORMAT), f"{path} is a {stated[0]} file of format {stated[1]}; "
-            f"wanted {kind}, {FORMAT}; {remedy}")
+        raise Mistake(f"{path} is damaged, or of another version of these scripts; {remedy}"
+                      ) from None
     for stem, mark in saved["made_from"].items():
         source = run.out / f"{stem}.pt"
         require(not source.exists() or fingerprint(source) == mark,
                 f"{path} was made from another {stem}.pt; {remedy}")
-    facts = saved["dataset"]
-    require(facts["fingerprint"] == run.record.get("fingerprint", facts["fingerprint"]),
+    require(run.record.get("fingerprint", facts["fingerprint"]) == facts["fingerprint"],
             f"{path} was made from other images or labels; {remedy}")
-    for key in ("images", "seed") if run.one_subset else ():
-        require(facts["which"][key] == run.which[key], f"{path} was made with --{key} "
+    for key in run.binding:
+        require(facts["which"][key] == run.which[key], f"{path} was made with {key} "
                 f"{facts['which'][key]}, not {run.which[key]}; {remedy}")
     return saved
 
@@ -1387,17 +1500,15 @@ def ece_interval(q, y, draws=200, seed=0) -> list:
 
 
 def reliability(q, y, low=0.05, high=0.95, bins=10, least=30) -> list:
-    """A dict per bin of the (image, class) pairs with low < q < high, if it has `least`."""
-    inside = (q > low) & (q < high)
-    stated = q[inside]
-    hit = F.one_hot(y, q.shape[1]).bool()[inside].float()
-    index = ((stated - low) / (high - low) * bins).long().clamp(0, bins - 1)
+    """A dict per bin of the (image, class) pairs with low < q <= high, if it has `least`."""
+    hits = F.one_hot(y, q.shape[1]).float()
+    edges = torch.linspace(low, high, bins + 1).tolist()
     rows = []
-    for b in range(bins):
-        in_bin = index == b
-        if in_bin.sum() >= least:
-            rows.append({"stated": stated[in_bin].mean().item(),
-                         "observed": hit[in_bin].mean().item(), "pairs": int(in_bin.sum())})
+    for left, right in zip(edges, edges[1:]):
+        here = (q > left) & (q <= right)
+        if here.sum() >= least:
+            rows.append({"stated": q[here].mean().item(),
+                         "observed": hits[here].mean().item(), "pairs": int(here.sum())})
     return rows
 
 
@@ -1411,7 +1522,7 @@ def ranking(q, classes) -> str:
 class Progress:
     """What is done, and the time left: one rewriting line on a terminal, else plain lines."""
 
-    def __init__(self, total, what, quiet=False, done=0, log: Path | None = None):
+    def __init__(self, total, what, quiet=False, done=0, log: Path = None):
         self.total = total
         self.what = what
         self.quiet = quiet
@@ -1422,24 +1533,19 @@ class Progress:
             log.write_text("")
 
     def __call__(self, done, words="", **row):
-        if not self.quiet:
-            self.show(done, words)
         if self.log:                    # rates and times, which differ from run to run
             with self.log.open("a") as file:
                 file.write(json.dumps({"step": done, **row}) + "\n")
-
-    def show(self, done, words):
+        if self.quiet:
+            return
         spent = time.monotonic() - self.start
-        finished = done >= self.total
-        when = f"in {clock(spent)}"
-        if not finished:
-            each = spent / max(done - self.first, 1)
-            when = f"{clock(each * (self.total - done))} left"
+        left = spent / max(done - self.first, 1) * (self.total - done)
+        when = f"{clock(left)} left" if done < self.total else f"in {clock(spent)}"
         line = f"{self.what} {done:,}/{self.total:,}  {words}  {when}"
         end = "\n"
         if sys.stderr.isatty():
             line = "\r\x1b[K" + line
-            end = "\n" if finished else ""
+            end = "" if done < self.total else "\n"
         print(line, end=end, file=sys.stderr, flush=True)
 
 
@@ -1470,7 +1576,7 @@ class Checkpoint:
                       "device": run.device.type, "data": data.fingerprint,
                       "code": fingerprint(Path(__file__).with_name(f"{name}.py"))}
         for key in ("dataset", "data_dir", "labels_from"):      # known by content
-            self.facts.pop(key)
+            self.facts.pop(key, "")
         self.state = None
         self.history = []
         if RANK == 0 and self.path.exists():
@@ -1478,28 +1584,25 @@ class Checkpoint:
         done = self.history[-1]["step"] if self.history else 0
         self.progress = Progress(steps, name, run.quiet, done, run.out / f"{name}.log.jsonl")
 
-    def take_up(self, resume: bool):
+    def take_up(self, resume):
         """Go on from the file, if it fits; else keep it under another name."""
-        try:
+        before = {}
+        with contextlib.suppress(Exception):            # a damaged file fits nothing
             saved = read(self.path)
             before = saved["facts"]
-            differing = [f"{key} {before.get(key)}, now {value}"
-                         for key, value in self.facts.items() if before.get(key) != value]
-        except Exception:               # zip, pickle and torch each have their own errors
-            differing = ["damaged"]
-        if RANKS > 1:                   # it has the random numbers of one rank only
-            differing.append(f"{RANKS} ranks")
-        if resume and not differing:
+        differing = [f"{key} {before.get(key)}, now {value}"
+                     for key, value in self.facts.items() if before.get(key) != value]
+        # It holds the random numbers of one rank only.
+        if resume and RANKS == 1 and not differing:
             self.state = saved["state"]
             self.history = saved["history"]
             return
-        for k in itertools.count(1):
-            other = self.path.with_suffix(f".{k}.pt")
-            if not other.exists():
-                break
-        self.path.rename(other)
-        why = f"does not fit ({'; '.join(differing)})" if resume else "is not resumed"
-        print(f"{self.path} {why}; kept as {other.name}, starting afresh", file=sys.stderr)
+        k = 1
+        while self.path.with_suffix(f".{k}.pt").exists():
+            k += 1
+        other = self.path.rename(self.path.with_suffix(f".{k}.pt"))
+        why = "; ".join(differing) if before else "damaged"
+        say(f"{self.path} is not resumed ({why or 'not asked for'}); kept as {other.name}")
 
     def keep(self, row: dict, words: str):
         """Report a row of training, add it to the history, write all of it down."""
@@ -1529,14 +1632,12 @@ def legible(names: list) -> list:
     from matplotlib import font_manager as fonts
     bold = fonts.findfont(fonts.FontProperties(weight="bold"))  # it lacks more than the plain
     known = fonts.get_font(bold).get_charmap()
-
-    def shown(letter):
-        if letter == "$":
-            return r"\$"
-        return letter if ord(letter) in known else ascii(letter)[1:-1]
-
-    short = [name if len(name) <= 20 else name[:19] + "…" for name in names]
-    return ["".join(map(shown, name)) for name in short]
+    shown = []
+    for name in names:
+        short = name if len(name) <= 20 else f"{name[:19]}…"
+        letters = [letter if ord(letter) in known else ascii(letter)[1:-1] for letter in short]
+        shown.append("".join(letters).replace("$", r"\$"))
+    return shown
 
 
 def tidy(axes, title, x=None, y=None):
@@ -1554,8 +1655,8 @@ def show_images(axes, images, columns=1, caption=""):
         images = images / 255
     # White below and to the right of each image, and for the empty places of the last row.
     images = F.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=1)
-    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)   # row, H, column, W, C
-    sheet = sheet.flatten(0, 1).flatten(1, 2)[:-1, :-1].clamp(0, 1)
+    rows = [torch.cat(list(row), 2) for row in images.split(columns)]
+    sheet = torch.cat(rows, 1)[:, :-1, :-1].clamp(0, 1).permute(1, 2, 0)
     axes.imshow(sheet.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(caption, fontsize=7.5, labelpad=3)
@@ -1577,18 +1678,20 @@ SIDE = 28                               # pixels
 def glyphs() -> Dataset:
     """The embedded digits: 10,000 for training, 2,000 for test; always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    images = []
-    for count, fonts in ((9000, TRAINING_FONTS), (1000, VALIDATION_FONTS), (2000, TEST_FONTS)):
+    arrays = {}
+    for part, count, fonts in (("train", 9000, TRAINING_FONTS),
+                               ("validation", 1000, VALIDATION_FONTS),
+                               ("test", 2000, TEST_FONTS)):
         fields = torch.stack([distance_field(font, digit)
                               for font in fonts for digit in "0123456789"])
         font = torch.randint(len(fonts), (count,), generator=generator)
-        which = 10 * font + torch.arange(count) % 10
-        for part in which.split(500):   # fits the processor's cache
-            images.append(draw_glyphs(fields[part], generator))
-    x = torch.cat(images)
-    y = torch.arange(12_000) % 10
-    return Dataset(x[:10_000], y[:10_000], x[10_000:], y[10_000:], list("0123456789"),
-                   "glyphs", validation=torch.arange(9000, 10_000))
+        digit = torch.arange(count) % 10
+        images = []
+        for which in (10 * font + digit).split(500):    # fits the processor's cache
+            images.append(draw_glyphs(fields[which], generator))
+        arrays[f"x_{part}"] = torch.cat(images).numpy()
+        arrays[f"y_{part}"] = digit.numpy()
+    return array_dataset("glyphs", arrays, SIDE)
 
 
 def distance_field(font_name: str, digit: str):

@@ -41,7 +41,7 @@ import vae
 class Arm(NamedTuple):
     """How the CNN of an arm is trained; without a strategy it sees no hybrids."""
     strategy: str = ""                  # of hybrids.sample
-    rule: str = "product"               # of hybrids.label
+    rule: str | None = None             # of hybrids.label; None: its default
     share: tuple = (1.0, 0.0)           # of hybrid or mixed images: at first, in the end
     residual: bool = True
     mix: str = ""                       # halves, mixup, cutmix or both
@@ -67,18 +67,24 @@ ARMS = {                                # the first ten have a colour of their o
     "deform+cutmix": Arm(mix="cutmix", augmentation="deform"),
     # The controls: where is a gain from?
     "hybrid only": Arm("between", share=(1.0, 1.0)),
-    "prior hybrid": Arm("prior", "density", moves=False),       # the idea as first stated
+    "prior hybrid": Arm("prior", moves=False),       # the idea as first stated
     "cross-faded hybrid": Arm("between", register=False),
     "deformed images": Arm("images"),   # hybrids of one image each
     "weight labels": Arm("between", "weight"),
     "density labels": Arm("between", "density"),
+    "product labels": Arm("between", "product"),
     "no residual": Arm("between", residual=False),
     "reconstructions": Arm("around", "weight", residual=False, moves=False),
     # With --unlabelled, images under the labels that were spread to them.
     "pseudo-labels": Arm("images", moves=False),
     "augment+pseudo": Arm("images", augmentation="augment", moves=False),
-    "latent posterior": Arm("posterior"),               # no CNN at all
+    "mixup+pseudo": Arm("images", mix="halves", moves=False),
+    "latent posterior": Arm("posterior"),               # no classifier at all
 }
+# Those that features have, too: nothing in them moves, or can be cut.
+OF_FEATURES = [name for name, arm in ARMS.items() if not arm.augmentation and "cut" not in
+               name and name not in ("undeformed hybrid", "cross-faded hybrid",
+                                     "deformed images")]
 SIZES = [100, 300]
 # What a folder may hold when all steps have run, in their order.
 PICTURES = ("deform.png vae.png latent.png review.png hybrids.png cnn.png compare.png "
@@ -123,6 +129,7 @@ class Unit:
 
     def __init__(self, grid, n: int, seed: int):
         data = grid.data
+        self.of_features = data.features is not None
         self.n = n
         self.seed = seed
         self.classes = len(data.classes)
@@ -133,18 +140,19 @@ class Unit:
         if self.recipe["unlabelled"]:   # all of them; n keep their label
             self.rows = data.pool
             self.y = data.labels[data.pool].where(torch.isin(data.pool, kept), -1)
-        self.images = data.images[self.rows]
+        inputs = common.Inputs(data, self.rows)
+        self.images = inputs[self.rows]                 # or features
         self.labelled = self.images[self.y >= 0]
         self.labels = self.y[self.y >= 0]
         # Temperatures are fitted on some validation images; the others may be the judges.
         validation = data.validation
         count = min(1000, (len(validation) + 1) // 2)
         some = validation[latent.subsample(len(validation), count).to(validation.device)]
-        self.fitting = (data.images[some], data.labels[some])
-        self.scored = (data.test_images, data.test_labels)
+        self.fitting = (inputs[some], data.labels[some])
+        self.scored = (inputs.test(), data.test_labels)
         if self.recipe["score"] == "validation":
             others = validation[~torch.isin(validation, some)]
-            self.scored = (data.images[others], data.labels[others])
+            self.scored = (inputs[others], data.labels[others])
 
     # The arms share what these make; each is made when it is first asked for.
 
@@ -168,8 +176,10 @@ class Unit:
     def codes(self):
         """The codes of the images, with a label if one is given or was spread."""
         mu, logvar = self.encode(self.images)
-        moves = None if (self.y >= 0).all() else self.moves
-        return latent.embed(mu, logvar, self.rows, self.y, self.classes, self.images, moves)
+        moves = None if self.of_features or (self.y >= 0).all() else self.moves
+        places = self.model.project(self.images) if self.of_features else mu
+        return latent.embed(mu, logvar, self.rows, self.y, self.classes, places, self.images,
+                            moves)
 
     def encode(self, images):
         return vae.encode_all(self.model, images, self.recipe["amp"])
@@ -215,7 +225,7 @@ class Unit:
     def with_hybrids(self, arm: Arm) -> dict:
         """What `cnn.train` is given besides labelled images."""
         known = self.codes.known()
-        moves = self.moves if arm.moves else None
+        moves = self.moves if arm.moves and not self.of_features else None
         places = (self.codes.y >= 0).nonzero()[:, 0]
         made = hybrids.make(known, self.images[places], self.decode, strategy=arm.strategy,
                             rule=arm.rule, residual=arm.residual, cut=arm.cut, moves=moves,
@@ -241,11 +251,13 @@ def evaluate(logits_of, images, y, validation, validation_y) -> dict:
 
     temperature = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
     scaled = common.scores((logits / temperature).softmax(1), y)
-    some = latent.subsample(len(y), 2000).to(y.device)
-    right = logits_of(noisy(images[some])).argmax(1) == y[some]
-    return {**common.scores(logits.softmax(1), y), "temperature": temperature,
-            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"],
-            "noise": right.float().mean().item()}
+    row = {**common.scores(logits.softmax(1), y), "temperature": temperature,
+           "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"]}
+    if images.dim() == 4:               # noise in features would mean nothing
+        some = latent.subsample(len(y), 2000).to(y.device)
+        right = logits_of(noisy(images[some])).argmax(1) == y[some]
+        row["noise"] = right.float().mean().item()
+    return row
 
 
 def noisy(images, deviation=0.15):
@@ -486,6 +498,7 @@ def plan(run, args) -> Grid:
     if unlabelled is None:
         unlabelled = len(data.unlabelled()) > 0
     known = common.record_of(run.out, "vae").get("settings", {})
+    seen = data.images if data.features is None else data.features
     recipes = {}
     for n in sizes:
         others = len(data.pool) - n if unlabelled else 0
@@ -495,7 +508,7 @@ def plan(run, args) -> Grid:
             "weight_decay": args.weight_decay, "threads": args.threads or 1,
             "latent_dim": args.latent_dim or known.get("latent_dim", 16),
             "vae_steps": args.vae_steps or vae.steps_for(n + others),
-            "steps": args.steps or cnn.steps_for(n, data.images.shape[1], others)}
+            "steps": args.steps or cnn.steps_for(seen, n, others)}
     folder = run.out / "cells"
     folder.mkdir(exist_ok=True)
     arms = [arm for arm in ARMS if arm in args.arms]    # one order, whatever was typed
@@ -689,7 +702,8 @@ def command(run, args):
 
 
 def main(argv=None) -> int:
-    if torch.multiprocessing.parent_process():
+    # So is a script of the user's called that a process of ours imports once more.
+    if sys.modules["__main__"].__name__ == "__mp_main__":
         raise SystemExit("compare.py: its processes import your script; call main() below "
                          "`if __name__ == \"__main__\":`")
     return common.run_script(command, parse_args(argv))

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Letters: N images, B batch, C×H×W image, R directions.  x in [0,1]; flow (B,H,W,2) in pixels:
-# the image at p + flow(p) is what is seen at p.
+# Letters: N images, B batch, C×H×W image, R directions.  x in [0,1]; flow (B,H,W,2) in
+# pixels: the image at p + flow(p) is what is seen at p.
 NODES = 5                               # a side of the grid that bends a flow
 LEVELS = ((2, 1.25), (2, 0.75), (1, 0.8))       # of registration: side of a pixel, then a blur
 MARGIN = 0.005                          # nats per image: a smaller gain is none
@@ -138,8 +138,8 @@ class Deformations:
         return Morph(first, second, self.strength)
 
     def distances(self, images, near):
-        """Squared distances (N,k) from images (N,C,H,W), as `as_input` accepts, to those in the
-        rows near (N,k), once each has come as close to them as a deformation brings it.
+        """Squared distances (N,k) from images (N,C,H,W), as `as_input` accepts, to those in
+        the rows near (N,k), once each is as close to them as a deformation brings it.
 
         The tangent distance (Simard et al. 1993): a deformation w moves an image along its
         tangents, by `tangents`, and costs |w|^2, so that the likelier ones are free to act.
@@ -426,7 +426,11 @@ def kernel_nll(x, y, asked, asked_y, floor=0.02):
 
 def parse_args(argv=None):
     from common import flags
-    return flags("deform.py", __doc__).parse_args(argv)
+    parser = flags("deform.py", __doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N",
+        help="numbers of images that compare.py will be asked for: refused at once, if there "
+        "are not so many")
+    return parser.parse_args(argv)
 
 
 def draw(images, y, deform, generator):
@@ -481,7 +485,11 @@ def draw_losses(axes, deform):
 
 def command(run, args):
     import common
+    common.require(run.backbone is None, "features do not move: with --backbone begin with "
+                   "vae.py")
     data = common.load_dataset(run)
+    if args.sizes:
+        common.fit_sizes(args.sizes, True, len(data.labelled()))
     rows = common.training_rows(data, run)
     rows = rows[data.labels[rows] >= 0]
     images = data.images[rows]

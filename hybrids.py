@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 # Letters: N codes, M points, D latent size, K classes.  x (M,C,H,W) in [0,1]; q (M,K).
 # `codes` is latent.Codes or has its mu, logvar (N,D), y (N,) and its posterior: z (M,D) ->
-# q (M,K), with a prior (K,).  `moves` is deform.Deformations, or None: nothing moves.
+# q (M,K), with a prior (K,).  `moves` is deform.Deformations, or None: nothing moves.  In
+# place of images there may be features (N,F), of any numbers; then x is (M,F).
 
 STRATEGIES = ("between", "around", "prior", "images")
 RULES = ("product", "density", "weight")
@@ -44,7 +45,7 @@ class Hybrids(NamedTuple):
     points: Points
 
 
-def make(codes, images, decode, *, strategy="between", count=COUNT, rule="product",
+def make(codes, images, decode, *, strategy="between", count=COUNT, rule=None,
          residual=True, cut=None, moves=None, register=True, generator=None) -> Hybrids:
     """Hybrids of images (N,C,H,W), uint8 or float in [0,1], which have the codes.
 
@@ -53,13 +54,14 @@ def make(codes, images, decode, *, strategy="between", count=COUNT, rule="produc
     if they are mixed and `register`, their sources are brought into register first.
     """
     if cut is None:
-        cut = images.shape[1] == 3
+        cut = is_colour(images)
     morph = None
     lines = count
     if register and not cut and moves is not None and moves.strength > 0:
         morph = moves.morph
         lines = LINES                   # each line is registered once, at a cost
     points = sample(strategy, count, codes, generator, lines=lines)
+    rule = rule or default_rule(strategy, images)
     return make_at(points, codes, images, decode, rule=rule, residual=residual, cut=cut,
                    morph=morph, moves=moves, generator=generator)
 
@@ -76,6 +78,14 @@ def make_at(points, codes, images, decode, *, rule="product", residual=True, cut
             parts.append(as_dtype(moved, x.dtype))
         x = torch.cat(parts)
     return Hybrids(x, q, points)
+
+
+def default_rule(strategy, images) -> str:
+    """How hybrids are labelled, unless told otherwise.
+
+    Points from the prior have no weights, and among features the density knows more.
+    """
+    return "density" if strategy == "prior" or images.dim() == 2 else "product"
 
 
 def sample(strategy, count, codes, generator, alpha=4, same=0.3, lines=None) -> Points:
@@ -208,8 +218,11 @@ def render(points, codes, images, decode, residual=True, cut=False, morph=None,
         t = points.t[rows]
         decoded = points.decoded[rows]
         shaped = decoded.view(-1, *[1] * (images.dim() - 1))
-        a, b = (lost[place[rows]].float().where(shaped, as_float(sources[place[rows]]).float())
-                for place in (first, second))
+        ends = []
+        for place in (first[rows], second[rows]):
+            plain = as_float(sources[place]).float()
+            ends.append(lost[place].float().where(shaped, plain))
+        a, b = ends
         w = t.view(shaped.shape)
         if cut:
             w = rectangles(t, *images.shape[2:], generator)
@@ -217,8 +230,14 @@ def render(points, codes, images, decode, residual=True, cut=False, morph=None,
             a, b = meet(a, b, which[rows], t)
         x = w * a + (1 - w) * b
         x[decoded] += decode(points.z[rows][decoded])
-        parts.append(as_dtype(x.clamp(0, 1), images.dtype))
+        if images.dim() == 4:
+            x = x.clamp(0, 1)
+        parts.append(as_dtype(x, images.dtype))
     return torch.cat(parts)
+
+
+def is_colour(images) -> bool:
+    return images.dim() == 4 and images.shape[1] == 3
 
 
 def residuals(mu, images, decode, batch=1000):
@@ -284,7 +303,7 @@ class HybridMixer:
     def __call__(self, x, y):
         x = as_float(x)
         low, high = x.aminmax()
-        if not (low >= 0 and high <= 1):
+        if x.dim() == 4 and not (low >= 0 and high <= 1):
             raise ValueError(f"the batch spans {low:g} to {high:g}; mix images in [0, 1], and "
                              "normalise them afterwards")
         if y.shape != x.shape[:1] or y.is_floating_point():
@@ -298,7 +317,7 @@ class HybridMixer:
         t = random_weights(len(x), 4, x.device, self.generator)
         chance = torch.rand(len(x), device=x.device, generator=self.generator)
         points = interpolate(codes.mu, i, j, t, chance < 0.5)
-        cut = x.shape[1] == 3 if self.cut is None else self.cut
+        cut = is_colour(x) if self.cut is None else self.cut
         made = make_at(points, codes, x, self.decode, rule=self.rule, cut=cut,
                        moves=self.moves, generator=self.generator)
         return made.x, made.q
@@ -339,7 +358,7 @@ def parse_args(argv=None):
     add("--strategy", choices=STRATEGIES, default="between",
         help="where latent points are drawn")
     add("--label", choices=RULES, help="rule that gives the percentages; if not given, "
-        "product, or density of points from the prior")
+        "product, or density of features and of points from the prior")
     add("--residual", action=argparse.BooleanOptionalAction, default=True,
         help="add what the decoder lost of the source images")
     add("--cut", action=argparse.BooleanOptionalAction,
@@ -350,20 +369,19 @@ def parse_args(argv=None):
     add("--export", type=Path, metavar="FOLDER",
         help="write PNG files and their labels.csv there as well")
     args = parser.parse_args(argv)
-    if args.label is None:
-        args.label = "density" if args.strategy == "prior" else "product"
-    if args.strategy == "prior" and args.label != "density":
+    if args.strategy == "prior" and args.label not in (None, "density"):
         parser.error(f"--label {args.label} needs points made of codes, not --strategy prior")
     return args
 
 
-def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids look like?"):
+def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids look like?",
+            by_class=True):
     """Images on a figure, their percentages below as a bar and as words."""
     import common
     from latent import words
     headline(figure, title)
     shown = common.spaced(len(q), min(len(q), rows * columns))
-    if rows > 1:                        # a walk keeps its order
+    if rows > 1 and by_class:           # a walk keeps its order
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
         text = words(row, classes)
@@ -413,7 +431,7 @@ def export_folder(folder: Path, dataset) -> Path:
     common.require(not inside, f"{folder} is inside the data set {dataset}; give --export "
                    "another folder")
     files = [] if not folder.exists() else [path for path in folder.iterdir()
-                                            if not common.is_hidden(path, [])]
+                                            if not common.is_hidden(path)]
     common.require(not files, f"{folder} is not empty; --export takes a new or an empty one")
     return folder
 
@@ -459,15 +477,15 @@ def measure(made, encode, posterior) -> dict:
             "mixed": (top < 0.9).float().mean().item(), "histogram": histogram.tolist()}
 
 
-def pictures(codes, images, decode, made, moves, args, classes, seed):
+def pictures(codes, images, decode, made, moves, strategy, rule, residual, classes, seed):
     """The figure of made hybrids; its random numbers are its own."""
     generator = torch.Generator(images.device).manual_seed(seed)
     strip = walk(codes, generator)
-    if args.strategy == "prior":        # made as these are: decoded, labelled by density
+    if strategy == "prior":             # made as these are: decoded, labelled by density
         strip = Points(strip.z, decoded=strip.decoded)
     # A cut draws its place anew for each image: nothing would move from one to the next.
     morph = moves.morph if moves is not None and moves.strength > 0 else None
-    shown = make_at(strip, codes, images, decode, rule=args.label, residual=args.residual,
+    shown = make_at(strip, codes, images, decode, rule=rule, residual=residual,
                     morph=morph)
     still = as_float(shown.x[:1])
     moved = still
@@ -479,36 +497,75 @@ def pictures(codes, images, decode, made, moves, args, classes, seed):
                 torch.cat([still, moved]), how, classes)
 
 
+def draw_features(data, made, painted, codes, q, classes, columns=3, groups=12, side=96):
+    """Hybrids of features, painted, each beside the two photographs whose codes are nearest.
+
+    painted (M,C,h,w) are pictures of the points, q (N,K) the percentages of the codes.
+    """
+    import common
+    mixed = (made.q.amax(1) < 0.9).nonzero()[:, 0]
+    if len(mixed) == 0:
+        mixed = torch.arange(len(made.q))
+    shown = mixed[common.spaced(len(mixed), min(len(mixed), groups))]
+    distance = torch.cdist(made.points.z[shown], codes.mu.float())
+    near = distance.topk(2, largest=False).indices
+    images = []
+    shares = []
+    for k, row in enumerate(shown.tolist()):
+        image = F.interpolate(painted[[row]] / 255, (side, side))[0]
+        images.append(image.expand(3, -1, -1))
+        shares.append(made.q[row].cpu())
+        for place in near[k].tolist():
+            images.append(common.square(data.original(int(codes.rows[place])), side))
+            shares.append(q[place].cpu())
+    fig = common.figure(13, 8)
+    gallery(fig, torch.stack(images), torch.stack(shares), classes, groups // columns,
+            3 * columns, "What is a hybrid like?  A point between two codes, painted, and the "
+            "two photographs nearest to it", by_class=False)
+    return fig
+
+
 def command(run, args):
     import common
     from deform import Deformations
     from latent import Codes
-    from vae import VAE, decode_all, encode_all
+    from vae import decode_all, encode_all, restore
     upstream = common.load(run, "vae", run.device)
     saved = common.load(run, "latent", run.device)
     data = common.load_dataset(run)
+    of_features = data.features is not None
     folder = export_folder(args.export, run.dataset) if args.export else None
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
     moves = None
-    if args.deform:
+    if args.deform and not of_features:
         moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
         sources.append(run.out / "deform.pt")
+    run.settings["deform"] = moves is not None          # cnn.py moves real images, too
     codes = Codes.restore(saved).known()
-    model = VAE.restore(upstream, run.device)
-    images = data.images[codes.rows]
+    model = restore(upstream, run.device)
+    images = common.Inputs(data, upstream["rows"])[codes.rows]          # or features
+    rule = args.label or default_rule(args.strategy, images)
     decode = functools.partial(decode_all, model, amp=run.amp)
     generator = torch.Generator(run.device).manual_seed(run.seed)
     made = make(codes, images, decode, strategy=args.strategy, count=args.count,
-                rule=args.label, residual=args.residual, cut=args.cut, moves=moves,
+                rule=rule, residual=args.residual, cut=args.cut, moves=moves,
                 generator=generator)
 
     metrics = measure(made, functools.partial(encode_all, model, amp=run.amp), codes.posterior)
-    picture = pictures(codes, images, decode, made, moves, args, common.legible(data.classes),
-                       run.seed)
+    classes = common.legible(data.classes)
+    content = {"images": made.x.cpu(), "q": made.q.cpu(), "z": made.points.z.cpu()}
+    if of_features:
+        painter = restore(upstream["painter"], run.device)
+        painted = as_dtype(decode_all(painter, made.points.z, run.amp), torch.uint8).cpu()
+        content.update(images=painted, features=made.x.half().cpu())
+        known = saved["y"] >= 0
+        picture = draw_features(data, made, painted, codes, saved["q"][known], classes)
+    else:
+        picture = pictures(codes, images, decode, made, moves, args.strategy, rule,
+                           args.residual, classes, run.seed)
     common.write(run.out / "hybrids.png", picture)
-    common.save(run.out / "hybrids.pt", run, data, metrics, sources, images=made.x.cpu(),
-                q=made.q.cpu(), z=made.points.z.cpu())
-    print(f"{len(made.x):,} hybrids ({args.strategy}, labelled by {args.label}), "
+    common.save(run.out / "hybrids.pt", run, data, metrics, sources, **content)
+    print(f"{len(made.x):,} hybrids ({args.strategy}, labelled by {rule}), "
           f"{metrics['mixed']:.0%} of them less than 90% one class: "
           f"{metrics['entropy'] / math.log(2):.2f} bits of label entropy on average;\n"
           f"encoded again, their percentages move by {metrics['moved']:.1%} on average")
@@ -517,7 +574,7 @@ def command(run, args):
         print(f"made of {len(images) - spread:,} images with a label and {spread:,} with one "
               "that was spread")
     if folder:
-        export(folder, made.x.cpu(), made.q.cpu(), data.classes)
+        export(folder, content["images"], content["q"], data.classes)
         print(folder / "labels.csv")
     print(run.out / "hybrids.png", run.out / "hybrids.pt", sep="\n")
 

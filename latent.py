@@ -11,6 +11,7 @@ Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv r
 import functools
 import itertools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 LOG_2PI = math.log(2 * math.pi)
 SPREAD = 60_000                         # most images of a kind that labels are spread among
 CODES = 20_000                          # most codes that a density is made of
-NEIGHBOURS = 7                          # along whom labels are spread
+NEIGHBOURS = 7                          # along whom labels are spread, among images
+FEATURE_NEIGHBOURS = 15                 # and among features
 CANDIDATES = 50                         # nearest codes, among which images say who is near
 
 
@@ -246,12 +248,12 @@ class Codes(NamedTuple):
         return Codes(*(part[rows] for part in self[:-1]), self.posterior)
 
 
-def embed(mu, logvar, rows, y, classes, images, moves=None) -> Codes:
+def embed(mu, logvar, rows, y, classes, places, images=None, moves=None) -> Codes:
     """Codes mu, logvar (N,D) of images (N,C,H,W), the `rows` (N,) of a data set.
 
     Labels y (N,) are -1 for none: those of the others are spread to them, among images that
-    are near as codes and, to the strength of `moves`, a deform.Deformations, as images that
-    move so.
+    are near in `places` (N,P), which are codes or features, and, to the strength of `moves`,
+    a deform.Deformations, as images that move so.
     """
     y = y.long()
     given = y >= 0
@@ -262,7 +264,8 @@ def embed(mu, logvar, rows, y, classes, images, moves=None) -> Codes:
         without = (~given).nonzero()[:, 0]
         parts = [part[subsample(len(part), SPREAD).to(y.device)] for part in (known, without)]
         among = torch.cat(parts).sort()[0]
-        graph = graph_of(mu[among], images[among], moves)
+        moved = None if moves is None else images[among]
+        graph = graph_of(places[among], moved, moves)
         labels[among] = spread_labels(graph, y[among], classes)
     some = (labels >= 0).nonzero()[:, 0]
     some = some[subsample(len(some), CODES).to(y.device)]
@@ -721,15 +724,17 @@ def draw_reliability(axes, metrics):
 def answer(run, args):
     """Print the percentages of a picture or of a point."""
     import common
-    from vae import VAE, encode_all
+    from vae import encode_all, restore
     saved = common.load(run, "latent")
     posterior = restored(saved["percentages"])
     if args.point:
         q = posterior(parse_point(args.point, saved["mu"].shape[1])[None])
     else:
-        image, report = common.read_like(args.image, saved["dataset"])
+        upstream = common.load(run, "vae")
+        read = common.reader(run, saved, upstream.get("mean"), upstream.get("scale"))
+        image, report = read(args.image)
         print(report)
-        model = VAE.restore(common.load(run, "vae"))
+        model = restore(upstream)
         q = posterior(*encode_all(model, image))
     print(common.ranking(q[0], saved["dataset"]["classes"]))
 
@@ -873,7 +878,7 @@ def review(run, data, codes, q, labelled_q):
     import common
     seen = set()
     if run.labels_from:
-        lines = common.read_table(run.labels_from, ["image", "new_label"])
+        lines = common.read_table(Path(run.labels_from), ["image", "new_label"])
         seen = {line["image"] for line in lines if line["new_label"]}
     lines = findings(data, codes, q, labelled_q, seen)
     path = run.out / "review.csv"
@@ -925,28 +930,33 @@ def say_spread(codes):
 def command(run, args):
     import common
     from deform import Deformations
-    from vae import VAE, encode_all
+    from vae import encode_all, restore
     if args.image or args.point:
         return answer(run, args)
     upstream = common.load(run, "vae", run.device)
     data = common.load_dataset(run)
     classes = len(data.classes)
-    model = VAE.restore(upstream, run.device)
+    model = restore(upstream, run.device)
     encode = functools.partial(encode_all, model, amp=run.amp)
     rows = upstream["rows"]
-    images = data.images[rows]
+    inputs = common.Inputs(data, rows)
+    images = inputs[rows]               # or features
+    mu, logvar = encode(images)
+    places = mu
     moves = None
-    if (data.labels[rows] < 0).any():
+    if data.features is not None:
+        places = model.project(images)
+    elif (data.labels[rows] < 0).any():
         moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
-    codes = embed(*encode(images), rows, data.labels[rows], classes, images, moves)
+    codes = embed(mu, logvar, rows, data.labels[rows], classes, places, images, moves)
     say_spread(codes)
 
     known = codes.known()
     known = known.some(subsample(len(known.y), args.codes).to(run.device))
-    validation = (*encode(data.images[data.validation]), data.labels[data.validation])
+    validation = (*encode(inputs[data.validation]), data.labels[data.validation])
     some = subsample(len(data.validation), 2000).to(run.device)
     fitting = [part[some] for part in validation]
-    test = (*encode(data.test_images), data.test_labels)
+    test = (*encode(inputs.test()), data.test_labels)
     calibrated, metrics = densities(known.labelled(), fitting, test, classes)
     speaking = min(KINDS, key=lambda name: metrics[name]["validation_nll"])
     posterior, choice, _ = calibrated[speaking]

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Letters: B batch, C×H×W image, D latent size.  x in [0,1]; mu, logvar, z (B,D).
+# Letters: B batch, C×H×W image, F features, D latent size.  x (B,C,H,W) in [0,1], or
+# features (B,F); mu, logvar, z (B,D).
+LOG_2PI = math.log(2 * math.pi)
+DIRECTIONS = 128                        # most principal directions of features
 
 
 class VAE(nn.Module):
@@ -57,13 +60,6 @@ class VAE(nn.Module):
             nn.PixelShuffle(patch))
         self.to(memory_format=torch.channels_last)      # a third faster, in float32 too
 
-    @classmethod
-    def restore(cls, saved: dict, device="cpu"):
-        """The model of a loaded vae.pt, ready to encode and decode."""
-        model = cls(**saved["config"]).to(device)
-        model.load_state_dict(saved["model"])
-        return model.eval()
-
     def encode(self, x):
         """x (B,C,H,W) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
         code = self.encoder(F.pad(x, self.pad)).float()
@@ -82,19 +78,87 @@ class VAE(nn.Module):
         return self.logits(z).sigmoid()
 
     def forward(self, x, generator=None):
-        """x (B,C,H,W) -> logits of one draw from q(z|x), mu, logvar."""
+        """x (B,C,H,W) -> reconstruction, by one draw from q(z|x), and KL(q(z|x) || N(0, I)):
+        the two terms of the negative ELBO, nats per image, means over B.
+        """
         mu, logvar = self.encode(x)
-        noise = torch.randn(mu.shape, device=mu.device, generator=generator)
-        z = mu + noise * (logvar / 2).exp()             # so mu and logvar get gradients
-        return self.logits(z), mu, logvar
+        logits = self.logits(draw_code(mu, logvar, generator))
+        # A sum over the pixels, not a mean: only so do its nats weigh against those of the KL.
+        nats = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        return nats / len(x), divergence(mu, logvar)
 
 
-def elbo_terms(logits, x, mu, logvar):
-    """Reconstruction (Bernoulli) and KL(q(z|x) || N(0, I)): nats per image, means over B."""
-    # A sum over the pixels, not a mean: only so do its nats weigh against those of the KL.
-    reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
-    kl = 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum()
-    return reconstruction / len(x), kl / len(x)
+class FeatureVAE(nn.Module):
+    """The same of features (B,F): p(x|z) = N(decode(z), v I) in their principal directions.
+
+    The features are centred, the numbers of about unit variance; v is learned.
+    """
+
+    def __init__(self, features: int, directions: int, latent_dim: int = 16, units: int = 256):
+        super().__init__()
+        self.config = dict(features=features, directions=directions, latent_dim=latent_dim,
+                           units=units)
+        self.register_buffer("axes", torch.zeros(features, directions))
+        self.encoder = nn.Sequential(nn.Linear(directions, units), nn.ReLU(),
+                                     nn.Linear(units, 2 * latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, units), nn.ReLU(),
+                                     nn.Linear(units, directions))
+        self.log_variance = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def of(cls, x, latent_dim: int = 16):
+        """A model of features x (N,F), its directions theirs, the widest first."""
+        count = min(DIRECTIONS, x.shape[1], max(len(x) - 1, 1))
+        model = cls(x.shape[1], count, latent_dim)
+        some = x[:20_000]
+        if len(some) < x.shape[1]:      # the smaller product has the same eigenvectors
+            values, left = torch.linalg.eigh(some @ some.T)
+            axes = some.T @ left[:, -count:]
+            axes = axes / axes.norm(dim=0).clamp(min=1e-12)
+        else:
+            axes = torch.linalg.eigh(some.T @ some)[1][:, -count:]
+        model.axes.copy_(axes.flip(1))
+        return model
+
+    def project(self, x):
+        """x (B,F) -> its parts along the principal directions (B,P)."""
+        return x @ self.axes
+
+    def encode(self, x):
+        """x (B,F) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
+        mu, logvar = self.encoder(self.project(x)).float().chunk(2, dim=1)
+        return mu, logvar.clamp(-10, 10)
+
+    def decode(self, z):
+        """z (B,D) -> features (B,F), float32."""
+        return self.decoder(z).float() @ self.axes.T
+
+    def forward(self, x, generator=None):
+        """x (B,F) -> reconstruction and KL as of VAE; nats per row."""
+        mu, logvar = self.encode(x)
+        mean = self.decoder(draw_code(mu, logvar, generator)).float()
+        square = (self.project(x) - mean).square()
+        nats = 0.5 * (square / self.log_variance.exp() + self.log_variance + LOG_2PI)
+        return nats.sum() / len(x), divergence(mu, logvar)
+
+
+def restore(saved: dict, device="cpu"):
+    """The model of a loaded vae.pt, ready to encode and decode."""
+    kind = FeatureVAE if "features" in saved["config"] else VAE
+    model = kind(**saved["config"]).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval()
+
+
+def draw_code(mu, logvar, generator):
+    """z (B,D) from q(z|x), such that mu and logvar get gradients."""
+    noise = torch.randn(mu.shape, device=mu.device, generator=generator)
+    return mu + noise * (logvar / 2).exp()
+
+
+def divergence(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats, the mean over B."""
+    return 0.5 * (mu ** 2 + logvar.exp() - 1 - logvar).sum() / len(mu)
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
@@ -113,17 +177,21 @@ def steps_for(n: int) -> int:
 
 def train(images, seed=0, *, latent_dim=16, steps=None, batch_size=64, beta=1.0, lr=3e-3,
           rounds=10, amp=False, state=None, rank=0, ranks=1):
-    """A VAE of images as `as_input` accepts -> the model, and the rows of its training.
+    """A VAE of images as `as_input` accepts, or of features -> the model, and the rows of its
+    training.
 
     Nothing is trained before the rows are asked for: `for row in rows`, see `fit`. The ranks
     of a process group, which the caller has made, share each batch.
     """
     torch.manual_seed(seed)             # the initial weights
-    model = VAE(*images.shape[1:], latent_dim=latent_dim).to(images.device)
+    if images.dim() == 2:
+        model = FeatureVAE.of(images, latent_dim).to(images.device)
+    else:
+        model = VAE(*images.shape[1:], latent_dim=latent_dim).to(images.device)
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
-    rows = fit(net, batches(images, batch_size // ranks), steps=steps or steps_for(len(images)),
-               lr=lr, beta=beta, rounds=rounds, amp=amp, generator=generator, state=state)
+    rows = fit(net, batches(images, batch_size // ranks), beta=beta, rounds=rounds, amp=amp,
+               steps=steps or steps_for(len(images)), lr=lr, generator=generator, state=state)
     return model, rows
 
 
@@ -156,12 +224,11 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         for step in range(first, end):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
-            x = next_batch(generator).contiguous(memory_format=torch.channels_last)
+            x = next_batch(generator)
             if step == begin:           # once only: a GPU waits for it
                 check_range(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits, mu, logvar = model(x, generator)
-            reconstruction, kl = elbo_terms(logits, x, mu, logvar)
+                reconstruction, kl = model(x, generator)
             optimiser.zero_grad()
             (reconstruction + beta * kl).backward()
             optimiser.step()
@@ -179,8 +246,30 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         first = end
 
 
+def train_painter(z, images, seed=0, amp=False, steps=1000, batch_size=64, lr=3e-3):
+    """A VAE of which the decoder is trained, alone: points z (N,D) -> their images (N,C,H,W).
+
+    The points stay where they are; it only shows what lies there.
+    """
+    torch.manual_seed(seed)
+    painter = VAE(*images.shape[1:], latent_dim=z.shape[1]).to(z.device)
+    optimiser = torch.optim.Adam(painter.decoder.parameters(), lr, betas=(0.9, 0.99))
+    generator = torch.Generator(z.device).manual_seed(seed)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        rows = torch.randint(len(z), (batch_size,), device=z.device, generator=generator)
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
+            logits = painter.logits(z[rows])
+        loss = F.binary_cross_entropy_with_logits(logits, as_input(images[rows]))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return painter.eval()
+
+
 def batches(images, size):
-    """next_batch(generator) -> x (size,C,H,W) in [0,1], drawn from images as `as_input` accepts."""
+    """next_batch(generator) -> x, `size` of the images, as `as_input` makes them."""
     def next_batch(generator):
         rows = torch.randint(len(images), (size,), device=images.device, generator=generator)
         return as_input(images[rows])
@@ -191,9 +280,11 @@ def batches(images, size):
 def as_input(images):
     """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Raises ValueError for other ranges; uint8 needs no look.
+    Features (B,F) -> float32. Raises ValueError for other ranges; uint8 needs no look.
     """
     x = images.float()
+    if x.dim() == 2:
+        return x
     if not images.is_floating_point():
         x = x / 255
     if images.dtype != torch.uint8:
@@ -202,6 +293,8 @@ def as_input(images):
 
 
 def check_range(x):
+    if x.dim() == 2:                    # features may be any numbers
+        return
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):    # NaN fails, too
         raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], or uint8")
@@ -209,7 +302,7 @@ def check_range(x):
 
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
-    """mu, logvar (N,D), float32, of images (N,C,H,W): uint8, or floats in [0,1]."""
+    """mu, logvar (N,D), float32, of images (N,C,H,W), uint8 or in [0,1], or of features."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         parts = [model.encode(as_input(chunk)) for chunk in images.split(batch)]
     means, logvars = zip(*parts)
@@ -218,21 +311,20 @@ def encode_all(model, images, amp=False, batch=1000):
 
 @torch.no_grad()
 def decode_all(model, z, amp=False, batch=1000):
-    """Images in [0,1], float32 (N,C,H,W), of points z (N,D)."""
+    """Images in [0,1] (N,C,H,W), or features (N,F), float32, of points z (N,D)."""
     with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
         return torch.cat([model.decode(chunk) for chunk in z.split(batch)])
 
 
 @torch.no_grad()
 def evaluate(model, images, *, generator, amp=False, batch=1000):
-    """Reconstruction and KL in nats per image of images as `as_input` accepts, one z drawn each."""
+    """Reconstruction and KL, nats per image, of images as `as_input` accepts; one z each."""
     sums = torch.zeros(2, device=images.device)
     for chunk in images.split(batch):
         x = as_input(chunk)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            logits, mu, logvar = model(x, generator)
-        # Weighed by its size: the last chunk may be smaller.
-        sums += torch.stack(elbo_terms(logits, x, mu, logvar)) * len(x)
+            terms = model(x, generator)
+        sums += torch.stack(terms) * len(x)             # the last chunk may be smaller
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
@@ -250,13 +342,16 @@ def parse_args(argv=None):
         help="number of optimiser steps; if not given, 600 to 3000 by the number of images")
     add("--batch-size", type=number(int, 1), default=64, help="images per step")
     add("--lr", type=number(float, 0, 10), default=3e-3, help="highest learning rate")
+    add("--sizes", type=int, nargs="+", metavar="N",
+        help="numbers of images that compare.py will be asked for: refused at once, if there "
+        "are not so many")
     add("--resume", action="store_true",
         help="go on from vae.last.pt, if there is one that fits")
     return parser.parse_args(argv)
 
 
-def draw(history, model, images, amp, generator):
-    """The curve, reconstructions of images (N,C,H,W), samples from the prior."""
+def draw(history, model, codes, images, amp, generator):
+    """The curve, images (N,C,H,W) as decoded from their codes (N,D), points of the prior."""
     import common
     fig = common.figure(13, 4.4)
     curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
@@ -268,9 +363,9 @@ def draw(history, model, images, amp, generator):
                color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
-    x = images[common.spaced(len(images), 32)]
-    mu, _ = encode_all(model, x, amp)
-    both = torch.stack([x / 255, decode_all(model, mu, amp)])
+    shown = common.spaced(len(images), 32)
+    x = images[shown]
+    both = torch.stack([x / 255, decode_all(model, codes[shown], amp)])
     rows = both.unflatten(1, (4, 8)).transpose(0, 1)
     common.tidy(recon, "What does the code keep?")
     common.show_images(recon, rows.flatten(0, 2), 8,
@@ -286,11 +381,14 @@ def draw(history, model, images, amp, generator):
 def command(run, args):
     import common
     data = common.load_dataset(run)
+    if args.sizes:
+        common.fit_sizes(args.sizes, True, len(data.labelled()))
     rows = common.training_rows(data, run)
     common.require(args.batch_size % common.RANKS == 0,
                    f"--batch-size is no multiple of the {common.RANKS} ranks")
-    images = data.images[rows]
-    validation = data.images[data.validation]
+    inputs = common.Inputs(data, rows)
+    images = inputs[rows]               # or features
+    validation = inputs[data.validation]
     steps = args.steps or steps_for(len(images))
 
     def score(part):
@@ -312,13 +410,20 @@ def command(run, args):
     if common.RANK > 0:
         return
 
-    metrics = {"train": score(images), "test": score(data.test_images),
+    metrics = {"train": score(images), "test": score(inputs.test()),
                "history": last.history}
+    painter = model
+    content = inputs.fields()
+    if data.features is not None:       # so that every point has a picture
+        codes, _ = encode_all(model, images, run.amp)
+        painter = train_painter(codes, data.images[rows], run.seed, run.amp)
+        content["painter"] = {"config": painter.config, "model": painter.state_dict()}
+    codes, _ = encode_all(model, inputs.test(), run.amp)
     fresh = torch.Generator(run.device).manual_seed(run.seed)
-    picture = draw(last.history, model, data.test_images, run.amp, fresh)
+    picture = draw(last.history, painter, codes, data.test_images, run.amp, fresh)
     common.write(run.out / "vae.png", picture)
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows.cpu(),
-                model=model.cpu().state_dict())
+                model=model.cpu().state_dict(), **content)
     without = int((data.labels[rows] < 0).sum())
     if without:
         print(f"learnt from {len(rows) - without:,} images with a label, {without:,} without")

@@ -142,8 +142,8 @@ class Perceptron(nn.Module):
         x = x.flatten(1)
         mu, logvar = self.heads(F.relu(self.body(x))).chunk(2, 1)
         z = mu + torch.randn_like(mu) * (logvar / 2).exp()
-        reconstruction, kl = vae.elbo_terms(self.decoder(z), x, mu, logvar)
-        return len(x) * (reconstruction + kl)
+        nats = F.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
+        return nats + len(x) * vae.divergence(mu, logvar)
 
 
 def recipe_vae(root, device, epochs=10):
