@@ -21,6 +21,8 @@ IMAGE_SIZE ?= 32
 IMAGES  ?=
 LABELS  ?=
 SEED    ?=
+# For photographs: a network of torchvision.models by name, or a file with a class Backbone.
+BACKBONE ?=
 # What a person has written down, if there is something.
 LABELS_FROM ?= $(wildcard $(OUT)/labels.csv)
 DEVICE  ?= auto
@@ -35,10 +37,15 @@ endif
 
 WHICH  := --dataset $(DATASET) --data-dir $(DATA) --image-size $(IMAGE_SIZE) --device $(DEVICE) \
           $(if $(LABELS),--labels $(LABELS)) $(if $(LABELS_FROM),--labels-from $(LABELS_FROM)) \
-          $(if $(SEED),--seed $(SEED))
+          $(if $(SEED),--seed $(SEED)) $(if $(BACKBONE),--backbone $(BACKBONE))
 # The first step says which images; the others take them from its file.
-FIRST  := $(WHICH) $(if $(IMAGES),--images $(IMAGES)) $(if $(SIZES),--sizes $(SIZES)) -o $(OUT)
+FIRST  := $(WHICH) $(if $(IMAGES),--images $(IMAGES)) -o $(OUT)
 LATER  := -o $(OUT) --device $(DEVICE)
+# Features do not move: with them the VAE comes first.
+ifeq ($(BACKBONE),)
+MOVES  := $(OUT)/deform.pt
+endif
+ENOUGH := $(if $(SIZES),--sizes $(SIZES))
 MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybrid \
           'undeformed hybrid' augment+mixup augment+hybrid
 CHECKS := real mixup cutmix mixup+cutmix deform 'deformed images' 'undeformed hybrid' \
@@ -50,7 +57,7 @@ STEP   := $(if $(STEPS),--steps $(STEPS))
 
 # What each step depends on besides its files; a stamp is rewritten only when this changes.
 deform_settings  := $(FIRST)
-vae_settings     := $(LATER) $(or $(STEP),$(VAE_STEPS)) $(VAE_FLAGS)
+vae_settings     := $(if $(MOVES),$(LATER),$(FIRST)) $(or $(STEP),$(VAE_STEPS)) $(VAE_FLAGS)
 latent_settings  := $(LATER) --review
 hybrids_settings := $(LATER) $(HYBRID_FLAGS)
 cnn_settings     := $(LATER) $(or $(STEP),$(CNN_STEPS))
@@ -68,10 +75,10 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 all: $(OUT)/compare.json
 
 $(OUT)/deform.pt: deform.py $(OUT)/.deform.stamp $(wildcard $(LABELS_FROM)) | $(READY)
-	$(PYTHON) deform.py $(deform_settings)
+	$(PYTHON) deform.py $(deform_settings) $(ENOUGH)
 
-$(OUT)/vae.pt: vae.py $(OUT)/deform.pt $(OUT)/.vae.stamp | $(READY)
-	$(PYTHON) vae.py $(vae_settings) --resume
+$(OUT)/vae.pt: vae.py $(MOVES) $(OUT)/.vae.stamp $(wildcard $(LABELS_FROM)) | $(READY)
+	$(PYTHON) vae.py $(vae_settings) $(ENOUGH) --resume
 
 $(OUT)/latent.pt: latent.py $(OUT)/vae.pt $(OUT)/.latent.stamp | $(READY)
 	$(PYTHON) latent.py $(latent_settings)
@@ -142,6 +149,7 @@ help:
 	@echo 'make clean     remove everything below runs/'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
 	@echo '           IMAGES=$(IMAGES) LABELS=$(LABELS) LABELS_FROM=$(LABELS_FROM) SEED=$(SEED)'
+	@echo '           BACKBONE=$(BACKBONE) (for photographs: see README)'
 	@echo '           STEPS=$(STEPS) IMAGE_SIZE=$(IMAGE_SIZE) DEVICE=$(DEVICE)'
 	@echo '           PYTHON=$(PYTHON) PIP_ARGS=$(PIP_ARGS)'
 	@echo '           VAE_FLAGS HYBRID_FLAGS COMPARE_FLAGS: any flags of those scripts'

@@ -463,8 +463,9 @@ def draw(history, q, y, classes):
     curve, matrix = fig.subplots(1, 2, width_ratios=[1.2, 1])
     common.tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
     steps = [row["step"] for row in history]
-    curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
-               color=common.COLOURS[0])
+    if "validation" in history[0]:
+        curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
+                   color=common.COLOURS[0])
     loss = curve.twinx()
     loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=common.COLOURS[2])
     loss.set_ylabel("training loss, nats (dashed)")
@@ -589,9 +590,13 @@ def command(run, args):
     validation = inputs[data.validation]
     for row in training:
         if common.RANK == 0:            # the first rank reports and writes
-            q = predict(model, validation, run.amp).softmax(1)
-            row["validation"] = common.scores(q, data.labels[data.validation])["accuracy"]
-            last.keep(row, f"loss {row['loss']:.3f}  validation {row['validation']:.1%}")
+            words = f"loss {row['loss']:.3f}"
+            if len(validation):
+                q = predict(model, validation, run.amp).softmax(1)
+                scores = common.scores(q, data.labels[data.validation])
+                row["validation"] = scores["accuracy"]
+                words += f"  validation {row['validation']:.1%}"
+            last.keep(row, words)
     if common.RANK > 0:
         return
 

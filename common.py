@@ -6,6 +6,7 @@ what is made of them becomes files; the order below is that of the first line.
 import argparse
 import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -35,6 +37,7 @@ from torch import Tensor
 # Letters: N training images, M images of all parts, C×H×W image, K classes.
 # y integer labels (N,), -1 for none; q class probabilities (N,K).
 FORMAT = 6                              # of the files; any other is refused
+FEW = 10                                # labels of a class of which all are for training
 # The settings that say which images a run is about, and their defaults.
 WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
          "labels_from": None, "skip_damaged": False, "images": None, "seed": 0,
@@ -166,6 +169,8 @@ def run_script(command, args) -> int:
         print(end="", flush=True)       # a full disk or a reader that has gone shows here
         return 0
     except KeyboardInterrupt:
+        if Path(sys.argv[0]).name == args.script:       # a notebook goes on; a script ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = "interrupted; what was finished is kept"
         code = 130
     except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
@@ -447,7 +452,8 @@ def load_dataset(run: Run) -> Dataset:
     data = open_dataset(run)
     data.which = run.which
     if run.labels:
-        keep_labels(data, run.labels, run.seed)
+        say_if_few(run.labels, data)
+        data = with_labels(data, run.labels, run.seed)
     if run.labels_from:
         correct_labels(data, Path(run.labels_from))
     check_folder(run, data)
@@ -525,9 +531,9 @@ def assemble(name, images, labels, parts, names, classes=None, side=32, white=1,
     images, more_remarks = fit_pixels(images, side)
     validation = torch.arange(train, train + counts["validation"])
     if len(validation) == 0:
-        validation = set_aside(y[:n].tolist(), names, 0.1, last=True)
-    require(len(validation),
-            f"{name}: nothing is left for validation; two images a class are needed")
+        validation = set_aside(y[:n].tolist(), names, 0.1, least=FEW, last=True)
+    if len(validation) == 0:
+        remarks = [*remarks, f"fewer than {FEW} images a class: none is left for validation"]
     every = torch.arange(n)
     pool = every[~torch.isin(every, validation)]
     return Dataset(images[:n], y[:n], images[n:], y[n:], classes, readable(name), names, pool,
@@ -1240,8 +1246,8 @@ def normalised(features, mean, scale: float):
 
 # ---- rows: which images train, which choose, which labels count -----------------------------
 
-def set_aside(labels: list, names: list, share: float, last=False) -> Tensor:
-    """Rows, sorted: of each class a share, and one at least, unless it has only one image.
+def set_aside(labels: list, names: list, share: float, least=2, last=False) -> Tensor:
+    """Rows, sorted: a share of each class of `least` images or more, and at least one of it.
 
     The hashes of their names pick them, the smallest or the `last` ones: so a new image moves
     at most one other. Rows of the label -1 or "" belong to no class.
@@ -1253,8 +1259,8 @@ def set_aside(labels: list, names: list, share: float, last=False) -> Tensor:
     for c in set(labels) - {-1, ""}:
         mine = [row for row, label in enumerate(labels) if label == c]
         mine.sort(key=key, reverse=last)
-        count = max(round(len(mine) * share), int(len(mine) > 1))
-        rows += mine[:count]
+        if len(mine) >= least:
+            rows += mine[:max(round(len(mine) * share), 1)]
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
@@ -1310,13 +1316,23 @@ def fit_sizes(sizes: list, asked: bool, available: int) -> list:
     return fitting
 
 
-def keep_labels(data, n, seed):
-    """Of the pool n images keep their label."""
+def with_labels(data: Dataset, n: int, seed: int, judged=False) -> Dataset:
+    """The same data set as somebody has it who knows n labels only: of the pool n keep theirs.
+
+    Few labels are all wanted for training: below FEW a class none is left for validation,
+    whose images then have no label either, unless they are to be `judged`.
+    """
     kept = subset(data, n, seed)
-    say_if_few(n, data)
-    labels = data.labels[kept]
-    data.labels[data.pool] = -1
-    data.labels[kept] = labels
+    labels = data.labels.clone()
+    labels[data.pool] = -1
+    pool = data.pool
+    validation = data.validation
+    if n < FEW * len(data.classes) and not judged:
+        labels[validation] = -1
+        pool = torch.cat([pool, validation]).sort()[0]
+        validation = validation[:0]
+    labels[kept] = data.labels[kept]
+    return dataclasses.replace(data, labels=labels, pool=pool, validation=validation)
 
 
 def correct_labels(data, file):

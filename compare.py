@@ -81,10 +81,12 @@ ARMS = {                                # the first ten have a colour of their o
     "mixup+pseudo": Arm("images", mix="halves", moves=False),
     "latent posterior": Arm("posterior"),               # no classifier at all
 }
-# Those that features have, too: nothing in them moves, or can be cut.
-OF_FEATURES = [name for name, arm in ARMS.items() if not arm.augmentation and "cut" not in
-               name and name not in ("undeformed hybrid", "cross-faded hybrid",
-                                     "deformed images")]
+# What is compared unless told otherwise; of features, with images without a label, too.
+USUAL = ["real", "mixup", "real+hybrid"]
+USUAL_OF_FEATURES = ["real", "mixup", "pseudo-labels", "mixup+pseudo", "real+hybrid"]
+# Nothing in features moves, or can be cut.
+OF_IMAGES = ["cutmix", "mixup+cutmix", "undeformed hybrid", "cross-faded hybrid",
+             "deformed images"] + [name for name, arm in ARMS.items() if arm.augmentation]
 SIZES = [100, 300]
 # What a folder may hold when all steps have run, in their order.
 PICTURES = ("deform.png vae.png latent.png review.png hybrids.png cnn.png compare.png "
@@ -129,29 +131,31 @@ class Unit:
 
     def __init__(self, grid, n: int, seed: int):
         data = grid.data
+        judges = data.validation
         self.of_features = data.features is not None
         self.n = n
         self.seed = seed
         self.classes = len(data.classes)
         self.recipe = grid.recipes[n]
-        kept = common.subset(data, n, seed)
-        self.rows = kept                # the VAE sees these
-        self.y = data.labels[kept]
-        if self.recipe["unlabelled"]:   # all of them; n keep their label
+        by_validation = self.recipe["score"] == "validation"
+        if self.recipe["unlabelled"]:   # the VAE sees all images; n keep their label
+            data = common.with_labels(data, n, seed, judged=by_validation)
             self.rows = data.pool
-            self.y = data.labels[data.pool].where(torch.isin(data.pool, kept), -1)
+        else:
+            self.rows = common.subset(data, n, seed)
+        self.y = data.labels[self.rows]
         inputs = common.Inputs(data, self.rows)
         self.images = inputs[self.rows]                 # or features
         self.labelled = self.images[self.y >= 0]
         self.labels = self.y[self.y >= 0]
         # Temperatures are fitted on some validation images; the others may be the judges.
-        validation = data.validation
-        count = min(1000, (len(validation) + 1) // 2)
-        some = validation[latent.subsample(len(validation), count).to(validation.device)]
+        count = min(1000, (len(data.validation) + 1) // 2)
+        some = latent.subsample(len(data.validation), count).to(judges.device)
+        some = data.validation[some]
         self.fitting = (inputs[some], data.labels[some])
         self.scored = (inputs.test(), data.test_labels)
-        if self.recipe["score"] == "validation":
-            others = validation[~torch.isin(validation, some)]
+        if by_validation:
+            others = judges[~torch.isin(judges, some)]
             self.scored = (inputs[others], data.labels[others])
 
     # The arms share what these make; each is made when it is first asked for.
@@ -249,7 +253,9 @@ def evaluate(logits_of, images, y, validation, validation_y) -> dict:
     def nll(temperature):
         return F.cross_entropy(validation_logits / temperature, validation_y).item()
 
-    temperature = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
+    temperature = 1.0
+    if len(validation_y):
+        temperature = min(torch.logspace(-2, 4, 61, base=2).tolist(), key=nll)
     scaled = common.scores((logits / temperature).softmax(1), y)
     row = {**common.scores(logits.softmax(1), y), "temperature": temperature,
            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"]}
@@ -463,8 +469,9 @@ def parse_args(argv=None):
         help="numbers of real training images; if not given, 100 300, as far as there are")
     add("--seeds", type=common.number(int, 1), default=5,
         help="number of subsets of each size; each is a seed, from --seed on")
-    add("--arms", nargs="+", choices=list(ARMS), default=["real", "mixup", "real+hybrid"],
-        metavar="ARM", help="what is compared, of: " + ", ".join(ARMS))
+    add("--arms", nargs="+", choices=list(ARMS), metavar="ARM",
+        help="what is compared; if not given, real mixup real+hybrid and, of features with "
+        "images without a label, pseudo-labels mixup+pseudo; of: " + ", ".join(ARMS))
     add("--score", choices=["test", "validation"], default="test",
         help="images that the classifiers are scored on")
     add("--unlabelled", action=argparse.BooleanOptionalAction,
@@ -511,7 +518,13 @@ def plan(run, args) -> Grid:
             "steps": args.steps or cnn.steps_for(seen, n, others)}
     folder = run.out / "cells"
     folder.mkdir(exist_ok=True)
-    arms = [arm for arm in ARMS if arm in args.arms]    # one order, whatever was typed
+    asked = args.arms
+    of_features = data.features is not None
+    if asked is None:
+        asked = USUAL_OF_FEATURES if of_features and unlabelled else USUAL
+    wrong = [arm for arm in asked if of_features and arm in OF_IMAGES]
+    common.require(not wrong, f"features do not move and cannot be cut: no {', '.join(wrong)}")
+    arms = [arm for arm in ARMS if arm in asked]        # one order, whatever was typed
     seeds = range(run.seed, run.seed + args.seeds)
     return Grid(data, arms, seeds, recipes, folder)
 

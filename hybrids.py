@@ -512,16 +512,16 @@ def draw_features(data, made, painted, codes, q, classes, columns=3, groups=12, 
     images = []
     shares = []
     for k, row in enumerate(shown.tolist()):
-        image = F.interpolate(painted[[row]] / 255, (side, side))[0]
-        images.append(image.expand(3, -1, -1))
+        image = F.interpolate(painted[[row]] / 255, (side, side), mode="bicubic")[0]
+        images.append(image.clamp(0, 1).expand(3, -1, -1))
         shares.append(made.q[row].cpu())
         for place in near[k].tolist():
             images.append(common.square(data.original(int(codes.rows[place])), side))
             shares.append(q[place].cpu())
     fig = common.figure(13, 8)
     gallery(fig, torch.stack(images), torch.stack(shares), classes, groups // columns,
-            3 * columns, "What is a hybrid like?  A point between two codes, painted, and the "
-            "two photographs nearest to it", by_class=False)
+            3 * columns, "What is a hybrid like?  A point between two codes, as far as it can "
+            "be painted, and the two photographs nearest to it", by_class=False)
     return fig
 
 

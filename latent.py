@@ -24,6 +24,7 @@ SPREAD = 60_000                         # most images of a kind that labels are 
 CODES = 20_000                          # most codes that a density is made of
 NEIGHBOURS = 7                          # along whom labels are spread, among images
 FEATURE_NEIGHBOURS = 15                 # and among features
+SKILL = 1 / 3                           # between guessing, 0, and knowing, 1
 CANDIDATES = 50                         # nearest codes, among which images say who is near
 
 
@@ -248,8 +249,8 @@ class Codes(NamedTuple):
         return Codes(*(part[rows] for part in self[:-1]), self.posterior)
 
 
-def embed(mu, logvar, rows, y, classes, places, images=None, moves=None) -> Codes:
-    """Codes mu, logvar (N,D) of images (N,C,H,W), the `rows` (N,) of a data set.
+def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
+    """Codes mu, logvar (N,D) of images (N,C,H,W), or of features, the `rows` (N,) of a set.
 
     Labels y (N,) are -1 for none: those of the others are spread to them, among images that
     are near in `places` (N,P), which are codes or features, and, to the strength of `moves`,
@@ -264,9 +265,8 @@ def embed(mu, logvar, rows, y, classes, places, images=None, moves=None) -> Code
         without = (~given).nonzero()[:, 0]
         parts = [part[subsample(len(part), SPREAD).to(y.device)] for part in (known, without)]
         among = torch.cat(parts).sort()[0]
-        moved = None if moves is None else images[among]
-        graph = graph_of(places[among], moved, moves)
-        labels[among] = spread_labels(graph, y[among], classes)
+        graph = graph_of(places[among], images[among], moves)
+        labels[among] = spread_labels(graph, y[among], classes, images.dim() == 2)
     some = (labels >= 0).nonzero()[:, 0]
     some = some[subsample(len(some), CODES).to(y.device)]
     posterior = fit_labeller(mu[some], logvar[some], labels[some], classes)
@@ -282,11 +282,16 @@ def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
     log_density, labels = posterior.leave_one_out()
     q = posterior.weigh(log_density, posterior.log_floor)
     right = q.argmax(1) == labels
-    accuracy = right.float().mean().item()
-    guess = posterior.prior.max().item()
-    skill = (accuracy - guess) / max(1 - guess, 1e-6)
-    posterior.temperature = 1 / max(skill, 0.03)        # T is at most 33: nearly the priors
+    posterior.temperature = softness(right, posterior.prior)
     return posterior
+
+
+def softness(right, prior) -> float:
+    """T = 1/s of left-out predictions, `right` (N,) or not; s is 0 if guessed, 1 if known."""
+    accuracy = right.float().mean().item()
+    guess = prior.max().item()
+    skill = (accuracy - guess) / max(1 - guess, 1e-6)
+    return 1 / max(skill, 0.03)         # at most 33: nearly the priors
 
 
 def class_means(mu, y, classes):
@@ -361,6 +366,16 @@ def calibrate(kind, choices, codes, held_out, classes, limit=500):
     return posterior, choice, nll
 
 
+def calibrate_left_out(kind, choice, codes, classes):
+    """As `calibrate`, without other images: each code left out of its own prediction."""
+    mu, logvar, y = codes
+    posterior = kind.fit(mu, logvar, y, classes, choice)
+    q = left_out(kind, choice, 1.0, mu, logvar, y, classes)
+    posterior.temperature = softness(q.argmax(1) == y, posterior.prior)
+    q = left_out(kind, choice, posterior.temperature, mu, logvar, y, classes)
+    return posterior, choice, F.nll_loss(q.clamp(min=1e-12).log(), y.long()).item()
+
+
 def left_out(kind, choice, temperature, mu, logvar, y, classes, folds=10, most=5000):
     """q (N,K) of images, each by the labels of others: codes mu, logvar (N,D), y (N,).
 
@@ -391,11 +406,13 @@ def subsample(n, most):
 
 # ---- labels for images without one ----------------------------------------------------------
 
-def graph_of(mu, images, moves):
-    """The `neighbour_graph` of codes and of the images behind them, as far as these move."""
+def graph_of(places, images, moves):
+    """The `neighbour_graph` of places (N,P) and of images there, as far as these move."""
+    if images.dim() == 2:
+        return neighbour_graph(*nearest(places, FEATURE_NEIGHBOURS))
     if moves is None or moves.strength == 0:
-        return neighbour_graph(*nearest(mu, NEIGHBOURS))
-    near, square = nearest(mu, CANDIDATES)
+        return neighbour_graph(*nearest(places, NEIGHBOURS))
+    near, square = nearest(places, CANDIDATES)
     moved = in_neighbours(moves.distances(images, near))
     square = torch.lerp(in_neighbours(square), moved, moves.strength)
     square, order = square.topk(min(NEIGHBOURS, near.shape[1]), largest=False)
@@ -414,9 +431,9 @@ def nearest(mu, count):
     return torch.cat(rows), torch.cat(squares)
 
 
-def in_neighbours(square):
+def in_neighbours(square, neighbours=NEIGHBOURS):
     """Squared distances (N,M), each row measured in the one to its last neighbour."""
-    k = min(NEIGHBOURS, square.shape[1])
+    k = min(neighbours, square.shape[1])
     last = square.topk(k, largest=False).values[:, -1:]
     return square / last.clamp(min=1e-12)
 
@@ -427,7 +444,7 @@ def neighbour_graph(near, square):
     V_ij = exp(-d_ij / d_ik), k the last neighbour.
     """
     count = len(near)
-    weight = (-in_neighbours(square)).exp().cpu()
+    weight = (-in_neighbours(square, near.shape[1])).exp().cpu()
     rows = torch.arange(count).repeat_interleave(near.shape[1])
     pairs = torch.stack([rows, near.flatten().cpu()])
     graph = torch.sparse_coo_tensor(pairs, weight.flatten(), (count, count),
@@ -435,48 +452,91 @@ def neighbour_graph(near, square):
     return (graph + graph.T).coalesce()
 
 
-def spread(graph, rows, labels, classes, alpha=0.99, rounds=100):
-    """Labels (N,) from those of a few rows, along a graph (N,N); -1 where none arrives.
+def propagate(graph, given, alpha=0.99, rounds=100):
+    """F <- alpha S F + (1-alpha) Y, S = D^-1/2 W D^-1/2, from Y `given` (N,M): F (N,M).
 
-    Label spreading (Zhou et al. 2004): F <- alpha S F + (1-alpha) Y, S = D^-1/2 W D^-1/2.
+    Label spreading (Zhou et al. 2004). F is linear in Y, and S is symmetric.
     """
     degree = graph @ torch.ones(len(graph), 1)
     scale = degree.clamp(min=1e-12).rsqrt()
-    given = torch.zeros(len(graph), classes)
-    given[rows, labels] = 1 - alpha
+    given = (1 - alpha) * given
     belief = given
     for _ in range(rounds):
         belief = alpha * scale * (graph @ (scale * belief)) + given
-    return belief.argmax(1).where(belief.amax(1) > 0, -1)
+    return belief
 
 
-def labels_agree(graph, rows, y, classes, alpha=0.99) -> bool:
-    """Do the labels y (n,) of a few rows predict each other along the graph?
+def spread(graph, rows, labels, classes, alpha=0.99, rounds=100, balanced=False):
+    """Labels (N,) from those of a few rows, along a graph (N,N); -1 where none arrives.
 
-    Both halves, together, have to be right about most of each other, chance discounted; only
-    labels of a class that both halves hold can be right.
+    If `balanced`, each class has as much of F in all as it has of the labels (class mass
+    normalisation, Zhu et al. 2003): else one where the graph is dense reaches further.
     """
+    given = torch.zeros(len(graph), classes)
+    given[rows, labels] = 1
+    belief = propagate(graph, given, alpha, rounds)
+    share = belief
+    if balanced:
+        share = belief / belief.sum(0).clamp(min=1e-30) * given.sum(0)
+    return share.argmax(1).where(belief.amax(1) > 0, -1)
+
+
+def labels_agree(graph, rows, y, classes) -> bool:
+    """May the labels y (n,) of a few rows be spread along the graph?
+
+    Two witnesses have to be SKILL of the way from guessing to knowing, at least: how many
+    labels the others predict, and of how many of the other rows the two halves of the labels
+    say the same. The second has many rows to say so even where labels are few.
+    """
+    several = y.bincount(minlength=classes)[y] > 1      # a class of one label has no witness
+    if not several.any():
+        return False
+    left_out = left_out_right(graph, rows, y, several, classes)
+    agreed = halves_agree(graph, rows, y, several, classes)
+    guess = 1 / classes
+    return (min(left_out, agreed) - guess) / (1 - guess) > SKILL
+
+
+def left_out_right(graph, rows, y, asked, classes, most=50) -> float:
+    """The share of at most so many labels y (n,) of those `asked` that the others predict."""
+    asked = asked.nonzero()[:, 0]
+    asked = asked[subsample(len(asked), most)]
+    columns = torch.arange(len(asked))
+    start = torch.zeros(len(graph), len(asked))
+    start[rows[asked], columns] = 1
+    influence = propagate(graph, start)[rows]           # (n,A) of each label, S is symmetric
+    influence[asked, columns] = 0                       # but of its own
+    one_hot = F.one_hot(y, classes).float()
+    guess = (influence.T @ one_hot).argmax(1)
+    return (guess == y[asked]).float().mean().item()
+
+
+def halves_agree(graph, rows, y, several, classes) -> float:
+    """The share of rows without a label of which both halves of the labels say the same."""
     order = y.argsort(stable=True)
-    halves = (order[::2], order[1::2])                  # every other one: half of each class
-    right = []
-    for known, asked in (halves, halves[::-1]):
-        guess = spread(graph, rows[known], y[known], classes, alpha)
-        can_be_right = torch.isin(y[asked], y[known])
-        right.append((guess[rows[asked]] == y[asked])[can_be_right])
-    share = torch.cat(right).float().mean()
-    return bool(share > 0.5 + 0.5 / classes)
+    alone = (~several).nonzero()[:, 0]                  # in both halves
+    guesses = []
+    for half in (order[::2], order[1::2]):              # half of each class
+        half = torch.cat([half, alone])
+        guesses.append(spread(graph, rows[half], y[half], classes))
+    other = torch.ones(len(graph), dtype=torch.bool)
+    other[rows] = False
+    other &= guesses[0] >= 0                            # where no label arrives, none is said
+    if not other.any():
+        return 1.0                      # there is nothing to be wrong about
+    return (guesses[0] == guesses[1])[other].float().mean().item()
 
 
-def spread_labels(graph, y, classes, alpha=0.99):
+def spread_labels(graph, y, classes, balanced=False):
     """Labels (N,) of all nodes of a graph, from y (N,), -1 for none; -1 where none arrives.
 
     None arrives anywhere, if the labels do not predict each other: they would mislead.
     """
     given = y.cpu()
     rows = (given >= 0).nonzero()[:, 0]
-    if not labels_agree(graph, rows, given[rows], classes, alpha):
+    if not labels_agree(graph, rows, given[rows], classes):
         return y
-    labels = spread(graph, rows, given[rows], classes, alpha)
+    labels = spread(graph, rows, given[rows], classes, balanced=balanced)
     labels[rows] = given[rows]
     return labels.to(y.device)
 
@@ -538,8 +598,9 @@ NAMED = 20                              # most classes that the map names
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
 COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure"]
-KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5)),         # bandwidths
-         "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0))}                  # shrinkages
+# The densities, what is tried of their bandwidth or shrinkage, and what is usual.
+KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
+         "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
 
 
 def parse_args(argv=None):
@@ -569,10 +630,10 @@ def plane_of(mu, y, classes):
     return mean, directions
 
 
-def undecided_points(mu, posterior, generator, count=200):
-    """Points (count,D) on lines between codes, the least certain of a thousand."""
-    i, j = torch.randint(len(mu), (2, 1000), generator=generator)
-    t = torch.rand(1000, 1, generator=generator)
+def undecided_points(mu, posterior, generator, count=200, tried=4000):
+    """Points (count,D) on lines between codes, the least certain of those tried."""
+    i, j = torch.randint(len(mu), (2, tried), generator=generator)
+    t = torch.rand(tried, 1, generator=generator)
     z = torch.lerp(mu[i], mu[j], t)
     certainty = posterior(z).amax(1)
     return z[certainty.argsort()[:count]]
@@ -791,8 +852,8 @@ def measure(q, y) -> dict:
 def densities(known, validation, test, classes):
     """Both densities, calibrated on validation images, and what they say of test images.
 
-    The three are (mu, logvar, y) -> by name the posterior, its choice, its validation NLL; by
-    name what q (T,K) is worth.
+    The three are (mu, logvar, y) -> by name the posterior, its choice, its held-out NLL; by
+    name what q (T,K) is worth. Without validation images each of `known` is left out in turn.
     """
     mu, logvar, y = test
     _, _, known_y = known
@@ -801,11 +862,14 @@ def densities(known, validation, test, classes):
     metrics = {"class priors": measure(prior.expand(len(y), -1), y),
                "encoder's width": measure(narrow(mu, logvar), y)}
     calibrated = {}
-    for name, (kind, choices) in KINDS.items():
-        calibrated[name] = calibrate(kind, choices, known, validation, classes)
+    for name, (kind, choices, usual) in KINDS.items():
+        if len(validation[2]):
+            calibrated[name] = calibrate(kind, choices, known, validation, classes)
+        else:
+            calibrated[name] = calibrate_left_out(kind, usual, known, classes)
         posterior, choice, nll = calibrated[name]
         metrics[name] = {**measure(posterior(mu, logvar), y), "choice": choice,
-                         "temperature": posterior.temperature, "validation_nll": nll}
+                         "temperature": posterior.temperature, "held_out_nll": nll}
     return calibrated, metrics
 
 
@@ -958,9 +1022,9 @@ def command(run, args):
     fitting = [part[some] for part in validation]
     test = (*encode(inputs.test()), data.test_labels)
     calibrated, metrics = densities(known.labelled(), fitting, test, classes)
-    speaking = min(KINDS, key=lambda name: metrics[name]["validation_nll"])
+    speaking = min(KINDS, key=lambda name: metrics[name]["held_out_nll"])
     posterior, choice, _ = calibrated[speaking]
-    kind, _ = KINDS[speaking]
+    kind = type(posterior)
     own = functools.partial(left_out, kind, choice, posterior.temperature, classes=classes)
     q = own(*codes.labelled())
     tests = torch.arange(len(data.images), len(data.names))
@@ -983,8 +1047,11 @@ def command(run, args):
     fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
     common.save(run.out / "latent.pt", run, data, metrics, made_from, **fields, q=q.cpu(),
                 percentages=posterior.stored(), labeller=codes.posterior.stored())
-    print(f"{len(test[2]):,} test images, percentages fitted on {len(some):,} others; those "
-          "of the mark * are used")
+    fitted = f"{len(some):,} validation images"
+    if len(some) == 0:
+        fitted = f"{len(known.y):,} training images, each left out of its own prediction"
+    print(f"{len(test[2]):,} test images; percentages calibrated on {fitted}; those with a * "
+          "are used")
     report(metrics, speaking)
     print(run.out / "latent.png", run.out / "latent.csv", run.out / "latent.pt", sep="\n")
 

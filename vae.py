@@ -138,7 +138,8 @@ class FeatureVAE(nn.Module):
         mu, logvar = self.encode(x)
         mean = self.decoder(draw_code(mu, logvar, generator)).float()
         square = (self.project(x) - mean).square()
-        nats = 0.5 * (square / self.log_variance.exp() + self.log_variance + LOG_2PI)
+        log_variance = self.log_variance.clamp(min=-6)  # few rows could be learnt by heart
+        nats = 0.5 * (square / log_variance.exp() + log_variance + LOG_2PI)
         return nats.sum() / len(x), divergence(mu, logvar)
 
 
@@ -359,8 +360,9 @@ def draw(history, model, codes, images, amp, generator):
     common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats per image")
     curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
                color=common.COLOURS[0], label="training batches")
-    curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
-               color=common.COLOURS[2], label="validation images")
+    if "validation" in history[0]:
+        curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
+                   color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
     shown = common.spaced(len(images), 32)
@@ -404,9 +406,11 @@ def command(run, args):
                             ranks=common.RANKS)
     for row in training:
         if common.RANK == 0:            # the first rank reports and writes
-            row["validation"] = score(validation)["negative_elbo"]
-            last.keep(row, f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats "
-                      f"({row['validation']:.1f} on validation)")
+            words = f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats"
+            if len(validation):
+                row["validation"] = score(validation)["negative_elbo"]
+                words += f" ({row['validation']:.1f} on validation)"
+            last.keep(row, words)
     if common.RANK > 0:
         return
 
