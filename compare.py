@@ -508,13 +508,16 @@ def plan(run, args) -> Grid:
     seen = data.images if data.features is None else data.features
     recipes = {}
     for n in sizes:
-        others = len(data.pool) - n if unlabelled else 0
+        others = 0
+        if unlabelled:
+            few = common.with_labels(data, n, run.seed, judged=args.score == "validation")
+            others = len(few.pool) - n
         recipes[n] = {
             "format": common.FORMAT, "data": data.fingerprint, "amp": run.amp,
             "score": args.score, "unlabelled": unlabelled, "width": args.width,
             "weight_decay": args.weight_decay, "threads": args.threads or 1,
             "latent_dim": args.latent_dim or known.get("latent_dim", 16),
-            "vae_steps": args.vae_steps or vae.steps_for(n + others),
+            "vae_steps": args.vae_steps or vae.steps_for(seen, n + others),
             "steps": args.steps or cnn.steps_for(seen, n, others)}
     folder = run.out / "cells"
     folder.mkdir(exist_ok=True)

@@ -126,7 +126,11 @@ class FeatureVAE(nn.Module):
 
     def encode(self, x):
         """x (B,F) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
-        mu, logvar = self.encoder(self.project(x)).float().chunk(2, dim=1)
+        return self.code(self.project(x))
+
+    def code(self, projected):
+        """As `encode`, of what `project` makes."""
+        mu, logvar = self.encoder(projected).float().chunk(2, dim=1)
         return mu, logvar.clamp(-10, 10)
 
     def decode(self, z):
@@ -135,9 +139,10 @@ class FeatureVAE(nn.Module):
 
     def forward(self, x, generator=None):
         """x (B,F) -> reconstruction and KL as of VAE; nats per row."""
-        mu, logvar = self.encode(x)
+        projected = self.project(x)
+        mu, logvar = self.code(projected)
         mean = self.decoder(draw_code(mu, logvar, generator)).float()
-        square = (self.project(x) - mean).square()
+        square = (projected - mean).square()
         log_variance = self.log_variance.clamp(min=-6)  # few rows could be learnt by heart
         nats = 0.5 * (square / log_variance.exp() + log_variance + LOG_2PI)
         return nats.sum() / len(x), divergence(mu, logvar)
@@ -169,10 +174,13 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     return highest * min(up, down)
 
 
-def steps_for(n: int) -> int:
-    """Optimiser steps that n images are worth."""
+def steps_for(images, n=None) -> int:
+    """Optimiser steps that n images like these are worth."""
+    n = len(images) if n is None else n
     if n <= 1000:
         return 600
+    if images.dim() == 2:               # features take no more
+        return 1000
     return 1500 if n <= 10_000 else 3000
 
 
@@ -192,7 +200,7 @@ def train(images, seed=0, *, latent_dim=16, steps=None, batch_size=64, beta=1.0,
     net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
     generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
     rows = fit(net, batches(images, batch_size // ranks), beta=beta, rounds=rounds, amp=amp,
-               steps=steps or steps_for(len(images)), lr=lr, generator=generator, state=state)
+               steps=steps or steps_for(images), lr=lr, generator=generator, state=state)
     return model, rows
 
 
@@ -391,7 +399,7 @@ def command(run, args):
     inputs = common.Inputs(data, rows)
     images = inputs[rows]               # or features
     validation = inputs[data.validation]
-    steps = args.steps or steps_for(len(images))
+    steps = args.steps or steps_for(images)
 
     def score(part):
         """The ELBO of at most 10,000 images, the same noise every time."""
