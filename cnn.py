@@ -566,6 +566,8 @@ def command(run, args):
     if any(share):
         common.load(run, "vae")         # or a line that says how to make it
     data = common.load_dataset(run)
+    common.require(data.features is None or not (args.augment or args.deform),
+                   "features do not move; leave out --augment and --deform")
     rows = common.training_rows(data, run)
     labelled = rows[data.labels[rows] >= 0]
     inputs = common.Inputs(data, rows)

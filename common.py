@@ -303,6 +303,8 @@ def folder_record(run):
     """
     stem = Path(run.script).stem
     upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
+    if stem == "vae" and run.backbone:  # features do not move
+        upstream = []
     for other in [*upstream, *STEMS]:
         record = record_of(run.out, other)
         if record:
@@ -330,7 +332,10 @@ def command_for(run: Run, stem: str, **changes) -> str:
     if f"{stem}.py" != run.script:
         changed = record_of(run.out, stem).get("changed", {})
     words = ["python", f"{stem}.py"]
-    for key, value in {**changed, **run.which, **changes}.items():
+    which = run.which
+    if run.script == "compare.py" and run.record:       # which has subsets of its own
+        which = {**which, "seed": run.record["which"]["seed"]}
+    for key, value in {**changed, **which, **changes}.items():
         flag = key.replace("_", "-")
         if value == WHICH.get(key):
             continue
@@ -484,13 +489,13 @@ def check_folder(run, data):
     """A folder belongs to one data set, which is known by its content."""
     if run.record.get("fingerprint", data.fingerprint) == data.fingerprint:
         return
-    before = run.record["which"]["dataset"]
-    require(os.path.abspath(before) == os.path.abspath(run.dataset),
-            f"{run.out} is the folder of {before}, and {run.dataset} is another data set; "
-            f"give another -o, as -o {run.out}-{data.name}")
+    before = run.record["which"]
+    require(os.path.abspath(before["dataset"]) == os.path.abspath(run.dataset),
+            f"{run.out} is the folder of {before['dataset']}, and {run.dataset} is another data "
+            f"set; give another -o, as -o {run.out}-{data.name}")
+    command = command_for(run, run.source, seed=before["seed"])         # not of compare.py
     require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "
-            f"than {run.dataset} has now; make it again with: {command_for(run, run.source)}; "
-            "or give another -o")
+            f"than {run.dataset} has now; make it again with: {command}; or give another -o")
 
 
 def remarks_on(data) -> list:
@@ -654,8 +659,9 @@ def array_dataset(name, arrays, side, remarks=()):
                     [*remarks, *more_remarks])
     features = [arrays[f"f_{part}"] for part in ORDER if f"f_{part}" in arrays]
     if features:
-        require(sum(map(len, features)) == len(names), "f_train, f_test and the like are not "
-                "of all images")
+        for part in ORDER:
+            require(len(arrays.get(f"f_{part}", [])) == parts.count(part),
+                    f"f_{part} is not of as many images as x_{part}")
         features = torch.from_numpy(np.concatenate(features)).float()
         require(features.dim() == 2 and features.isfinite().all(),
                 f"features of shape {tuple(features.shape)}, or NaN; wanted (N,F), finite")
@@ -1061,10 +1067,11 @@ class Backbone:
     @torch.inference_mode()
     def __call__(self, pictures):
         batch = torch.stack([self.prepare(picture) for picture in pictures]).to(self.device)
-        features = self.network(batch.contiguous(memory_format=torch.channels_last))
-        require(features.dim() == 2 and len(features) == len(batch),
-                f"{self.spec} makes features {tuple(features.shape)} of images "
-                f"{tuple(batch.shape)}; wanted (B,F)")
+        with lines_of(self.spec):
+            features = self.network(batch.contiguous(memory_format=torch.channels_last))
+            shape = tuple(features.shape)
+        require(len(shape) == 2 and len(features) == len(batch), f"{self.spec} makes features "
+                f"{shape} of images {tuple(batch.shape)}; wanted (B,F)")
         features = features.half().cpu()
         require(features.isfinite().all(), f"{self.spec} makes features that are not finite "
                 "in half precision")
@@ -1076,19 +1083,28 @@ def backbone_of_file(spec: str):
     require(Path(spec).exists(), f"--backbone {spec}: there is no such file")
     about = importlib.util.spec_from_file_location("backbone", spec)
     module = importlib.util.module_from_spec(about)
-    try:
+    with lines_of(spec):
         about.loader.exec_module(module)
         side = int(module.SIZE)
         network = module.Backbone()
-    except Exception as error:          # whatever the file does
+    require(isinstance(network, torch.nn.Module), f"{spec}: Backbone is no torch.nn.Module")
+    return network, functools.partial(square, side=side)
+
+
+@contextlib.contextmanager
+def lines_of(spec: str):
+    """Whatever goes wrong in a file of the user's becomes one line that names its own line."""
+    try:
+        yield
+    except Exception as error:
+        if "alloc" in str(error).lower():               # see `explain`
+            raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == about.origin]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+                 if frame.filename == os.path.abspath(spec)]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
         where = f"{spec}, line {line}" if line else spec
         raise Mistake(f"{where}: {type(error).__name__}: {error}; wanted a class Backbone, "
                       "images (B,3,S,S) -> features (B,F), and SIZE") from None
-
-    return network, functools.partial(square, side=side)
 
 
 def backbone_of_torchvision(name: str):
@@ -1125,6 +1141,9 @@ def add_features(run, data):
     backbone = None
     if mark is None or "backbone" in run.changed:
         backbone = named_backbone(run)
+        require(not run.bound or backbone.mark == mark, f"{run.out}/{run.source}.pt is of "
+                f"another network than {run.backbone} is now; make it again with: "
+                f"{command_for(run, run.source)}; or give another -o")
         mark = backbone.mark
     known = read_features(run.out, mark)
     missing = [row for row, key in enumerate(keys) if key not in known]
@@ -1589,7 +1608,7 @@ class Checkpoint:
     def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
         self.path = run.out / f"{name}.last.pt"
         self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
-                      "device": run.device.type, "data": data.fingerprint,
+                      "device": run.device.type, "data": data.fingerprint, "backbone": data.backbone,
                       "code": fingerprint(Path(__file__).with_name(f"{name}.py"))}
         for key in ("dataset", "data_dir", "labels_from"):      # known by content
             self.facts.pop(key, "")

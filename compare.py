@@ -354,7 +354,10 @@ def run_grid(units, work, jobs, threads, progress):
     with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"), start_worker,
                              [threads]) as pool:
         try:
+            # Ctrl-C is for the parent, also while the processes begin.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             futures = [pool.submit(work, unit) for unit in units]
+            signal.signal(signal.SIGINT, before)
             return collect((future.result() for future in as_completed(futures)), progress)
         except RuntimeError as error:   # a process killed, or no shared memory
             raise common.Mistake(f"{error}; run the same command again, with --jobs 1"
@@ -514,6 +517,7 @@ def plan(run, args) -> Grid:
             others = len(few.pool) - n
         recipes[n] = {
             "format": common.FORMAT, "data": data.fingerprint, "amp": run.amp,
+            "backbone": data.backbone,
             "score": args.score, "unlabelled": unlabelled, "width": args.width,
             "weight_decay": args.weight_decay, "threads": args.threads or 1,
             "latent_dim": args.latent_dim or known.get("latent_dim", 16),

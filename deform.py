@@ -116,6 +116,9 @@ class Deformations:
         """x (B,C,H,W) in [0,1], q (B,K) -> a `share` of the images deformed, q as it is."""
         if len(x) == 0:                 # a batch may hold none of a kind
             return x, q
+        if x.shape[2:] != (self.height, self.width):
+            raise ValueError(f"images {tuple(x.shape)}; these deformations were learned from "
+                             f"images of {self.height}x{self.width} pixels")
         if self.mirror:
             chance = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
             x = torch.where(chance < 0.5, x.flip(3), x)

@@ -534,6 +534,7 @@ def command(run, args):
     saved = common.load(run, "latent", run.device)
     data = common.load_dataset(run)
     of_features = data.features is not None
+    common.require(not (of_features and args.cut), "features cannot be cut; leave out --cut")
     folder = export_folder(args.export, run.dataset) if args.export else None
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
     moves = None

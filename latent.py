@@ -548,7 +548,8 @@ def suspects(q, y):
 
     -> rows, the likeliest to be wrong first, and the class that each should have. As in
     confident learning (Northcutt et al. 2021), each class is measured by what the images that
-    are labelled so have of it on average; the order is that of q(y) to q(that other class).
+    are labelled so have of it on average: wrong are those that have as much of another class.
+    The order is that of q(y) to q(that class).
     """
     one_hot = F.one_hot(y, q.shape[1]).to(q)
     usual = (one_hot * q).sum(0) / one_hot.sum(0).clamp(min=1)
@@ -557,7 +558,7 @@ def suspects(q, y):
     best, claim = measured.where(one_hot == 0, 0).max(1)
     odds = of_label.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
     order = odds.argsort(stable=True)
-    rows = order[odds[order] < 0]
+    rows = order[(odds[order] < 0) & (best[order] >= 1)]
     return rows, claim[rows]
 
 
@@ -954,7 +955,10 @@ def review(run, data, codes, q, labelled_q):
         print(f"{why}: {sum(line['why'] == why for line in lines)}")
     mine = run.labels_from or run.out / "labels.csv"
     print(f"copy lines of {path} to {mine}, write the classes, right or not, into the column "
-          f"new_label; then: make all OUT={run.out}", sep="\n")
+          "new_label; then (make does all of it):")
+    first = "deform" if (run.out / "deform.pt").exists() else "vae"
+    for stem in dict.fromkeys([first, "vae", "latent", "hybrids", "cnn"]):
+        print("   ", common.command_for(run, stem, labels_from=mine))
     print(run.out / "review.png")
 
 
@@ -1012,6 +1016,8 @@ def command(run, args):
         places = model.project(images)
     elif (data.labels[rows] < 0).any():
         moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+    if (data.labels[rows] < 0).any():
+        common.say(f"spreading labels among {len(rows):,} images")
     codes = embed(mu, logvar, rows, data.labels[rows], classes, places, images, moves)
     say_spread(codes)
 

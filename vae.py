@@ -312,6 +312,9 @@ def check_range(x):
 @torch.no_grad()
 def encode_all(model, images, amp=False, batch=1000):
     """mu, logvar (N,D), float32, of images (N,C,H,W), uint8 or in [0,1], or of features."""
+    if len(images) == 0:
+        none = torch.empty(0, model.config["latent_dim"], device=images.device)
+        return none, none
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         parts = [model.encode(as_input(chunk)) for chunk in images.split(batch)]
     means, logvars = zip(*parts)
