@@ -23,6 +23,7 @@ from torch import nn
 # Letters: B batch, C×H×W image, F features, K classes.  x (B,C,H,W) in [0,1], or features
 # (B,F); q (B,K) probabilities.
 GIVEN = 1 / 8                           # of a batch's real images, where labels are spread
+GIVEN_FEATURES = 1 / 2
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # up to so many images; then 2400
 
 
@@ -274,7 +275,7 @@ def batches(real, size, hybrids=None, mix=None, share=(1.0, 0.0), augmentations=
     given to `mix`, see `share_at`; the others pass through `move`. It, mix and the
     `augmentations` of the whole batch map (x, q, generator) -> (x, q). Pseudo-labelled are
     real images whose labels are guesses: of what is drawn from real images a part `GIVEN` are
-    of those with a given label, or more, if there are more.
+    of those with a given label (of features half), or more, if there are more.
     """
     def next_batch(generator, done):
         count = 0
@@ -311,7 +312,8 @@ def take_real(real, pseudo_labelled, count, generator):
     if not pseudo_labelled:
         return take(real, count, generator)
     part = len(real[1]) / (len(real[1]) + len(pseudo_labelled[1]))
-    given = round(max(GIVEN, part) * count)
+    least = GIVEN_FEATURES if real[0].dim() == 2 else GIVEN
+    given = round(max(least, part) * count)
     x, q = take(real, given, generator)
     guessed_x, guessed_q = take(pseudo_labelled, count - given, generator)
     return torch.cat([x, guessed_x]), torch.cat([q, guessed_q])
@@ -550,8 +552,9 @@ def with_hybrids(run, data, rows, inputs, sources) -> dict:
         saved = common.load(run, "latent", run.device)
         sources.append(run.out / "latent.pt")
         guessed = ~saved["given"] & (saved["y"] >= 0)
+        soft = data.features is not None and made["settings"]["strategy"] != "images"
         if guessed.any():
-            q = one_hot(saved["y"][guessed], len(data.classes))
+            q = saved["soft" if soft else "hard"]
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
     return given
 

@@ -493,7 +493,7 @@ def check_folder(run, data):
     require(os.path.abspath(before["dataset"]) == os.path.abspath(run.dataset),
             f"{run.out} is the folder of {before['dataset']}, and {run.dataset} is another data "
             f"set; give another -o, as -o {run.out}-{data.name}")
-    command = command_for(run, run.source, seed=before["seed"])         # not of compare.py
+    command = command_for(run, run.source)
     require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "
             f"than {run.dataset} has now; make it again with: {command}; or give another -o")
 
@@ -1048,7 +1048,8 @@ PART = 500                              # pictures whose features are written to
 
 
 class Backbone:
-    """A pretrained network and its preprocessing: PIL pictures -> features (B,F), float16.
+    """A pretrained network and its preprocessing: PIL pictures -> features (B,F), float16,
+    of unit length.
 
     `spec` is a file of the user's with a class Backbone and its SIZE, or the name of a
     classification network of torchvision.models, whose weights are downloaded once.
@@ -1072,10 +1073,8 @@ class Backbone:
             shape = tuple(features.shape)
         require(len(shape) == 2 and len(features) == len(batch), f"{self.spec} makes features "
                 f"{shape} of images {tuple(batch.shape)}; wanted (B,F)")
-        features = features.half().cpu()
-        require(features.isfinite().all(), f"{self.spec} makes features that are not finite "
-                "in half precision")
-        return features
+        require(features.isfinite().all(), f"{self.spec} makes features that are not finite")
+        return unit_length(features).half().cpu()       # else half precision lacks the range
 
 
 def backbone_of_file(spec: str):
@@ -1213,6 +1212,7 @@ class Inputs:
             for part in rows.split(5000):
                 x = unit_length(data.features[part]) - self.mean
                 square = square + x.square().sum()
+            require(square > 1e-12 * len(rows), "the features of all pictures are the same")
             self.scale = float((square / len(rows) / len(self.mean)).rsqrt())
 
     def __getitem__(self, rows):

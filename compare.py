@@ -238,9 +238,10 @@ class Unit:
         given = {"made": (made.x, made.q)}
         if moves:
             given["move"] = moves.gently
-        guessed = (self.codes.y >= 0) & ~self.codes.given
+        # Images of one class each, the arm of pseudo-labels, have no percentages.
+        soft = self.of_features and arm.strategy != "images"
+        guessed, q = latent.pseudo_labels(self.codes, soft)
         if guessed.any():
-            q = F.one_hot(self.codes.y[guessed], self.classes).float()
             given["pseudo_labelled"] = (self.images[guessed], q)
         return given
 

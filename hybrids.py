@@ -558,7 +558,7 @@ def command(run, args):
     if of_features:
         painter = restore(upstream["painter"], run.device)
         painted = as_dtype(decode_all(painter, made.points.z, run.amp), torch.uint8).cpu()
-        content.update(images=painted, features=made.x.half().cpu())
+        content.update(images=painted, features=made.x.cpu())
         known = saved["y"] >= 0
         picture = draw_features(data, made, painted, codes, saved["q"][known], classes)
     else:

@@ -118,7 +118,7 @@ class Aggregate(Posterior):
     def log_density(self, z, logvar=None, without=None):
         """log p(z|c) (M,K). `without` (M,): the code that each point is, to be left out."""
         parts = []
-        size = max(1, 2**21 // len(self.mu))            # pairs of point and code at once
+        size = max(1, 2**20 // len(self.mu))            # pairs of point and code at once
         for rows in torch.arange(len(z), device=z.device).split(size):
             width = None if logvar is None else logvar[rows].exp()
             left_out = None if without is None else without[rows]
@@ -127,24 +127,21 @@ class Aggregate(Posterior):
 
     def class_columns(self, z, width, left_out):
         """log p(z|c) (M,K) of a few points; `width` (M,D): their variances, if of images."""
-        columns = []
-        start = 0
-        for count in self.counts:
-            mu = self.mu[start:start + count]
-            variance = self.variance[start:start + count]
-            if width is None:
-                terms = log_normal(z, mu, variance)     # (M,count)
-            else:
-                terms = log_normal_images(z, width, mu, variance)
-            size = torch.full_like(z[:, 0], count)
-            if left_out is not None:
-                inside = (left_out >= start) & (left_out < start + count)
-                rows = inside.nonzero()[:, 0]
-                terms[rows, left_out[rows] - start] = -math.inf
-                size[rows] -= 1
-            columns.append(terms.logsumexp(1) - size.clamp(min=1).log())   # -inf without codes
-            start += count
-        return torch.stack(columns, 1)
+        if width is None:
+            terms = log_normal(z, self.mu, self.variance)       # (M,N)
+        else:
+            terms = log_normal_images(z, width, self.mu, self.variance)
+        counts = torch.tensor(self.counts, device=z.device)
+        size = counts.expand(len(z), -1).float()        # (M,K)
+        if left_out is not None:
+            rows = (left_out >= 0).nonzero()[:, 0]
+            code = left_out[rows]
+            terms[rows, code] = -math.inf
+            own = torch.bucketize(code, counts.cumsum(0), right=True)   # the class of each
+            size = size.clone()
+            size[rows, own] -= 1
+        columns = [part.logsumexp(1) for part in terms.split(self.counts, 1)]
+        return torch.stack(columns, 1) - size.clamp(min=1).log()        # -inf without codes
 
     def leave_one_out(self, logvar=None, limit=2000):
         """log p(z_i|c) (M,K), labels (M,) of at most `limit` codes, each without itself.
@@ -202,17 +199,24 @@ class Gaussian(Posterior):
 
     def log_density(self, z, logvar=None):
         """log p(z|c) (M,K); with logvar (M,D) integrated over each image's own width."""
+        if len(z) == 0:                 # there may be no validation images
+            return z.new_zeros(0, len(self.prior))
         if logvar is None:
-            normal = torch.distributions.MultivariateNormal(self.mean, self.covariance)
+            normal = normals(self.mean, self.covariance)
             return normal.log_prob(z[:, None])
         parts = []
         step = max(1, 2**23 // self.covariance.numel())         # (step,K,D,D) at once
         for rows in torch.arange(len(z), device=z.device).split(step):
             width = logvar[rows].exp().diag_embed()
             covariance = self.covariance + width[:, None]
-            normal = torch.distributions.MultivariateNormal(self.mean, covariance)
+            normal = normals(self.mean, covariance)
             parts.append(normal.log_prob(z[rows, None]))
         return torch.cat(parts)
+
+
+def normals(mean, covariance):
+    """N(mean, covariance), (...,D) and (...,D,D), unchecked: that would take longest of all."""
+    return torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
 
 
 def restored(fields: dict) -> Posterior:
@@ -269,8 +273,24 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
         labels[among] = spread_labels(graph, y[among], classes, images.dim() == 2)
     some = (labels >= 0).nonzero()[:, 0]
     some = some[subsample(len(some), CODES).to(y.device)]
-    posterior = fit_labeller(mu[some], logvar[some], labels[some], classes)
+    known = (mu[some], logvar[some], labels[some])
+    if images.dim() == 2:
+        posterior = fit_feature_labeller(*known, classes)
+    else:
+        posterior = fit_labeller(*known, classes)
     return Codes(rows, mu, logvar, labels, given, posterior)
+
+
+def pseudo_labels(codes, soft):
+    """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
+
+    One class each or, `soft`, the percentages of the labeller.
+    """
+    guessed = (codes.y >= 0) & ~codes.given
+    if soft:
+        return guessed, codes.posterior(codes.mu[guessed])
+    classes = len(codes.posterior.prior)
+    return guessed, F.one_hot(codes.y[guessed], classes).float()
 
 
 def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
@@ -283,6 +303,15 @@ def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
     q = posterior.weigh(log_density, posterior.log_floor)
     right = q.argmax(1) == labels
     posterior.temperature = softness(right, posterior.prior)
+    return posterior
+
+
+def fit_feature_labeller(mu, logvar, y, classes):
+    """As `fit_labeller`, of features: among these a Gaussian a class knows more."""
+    posterior = Gaussian.fit(mu, logvar, y, classes, quantile=0.01)
+    log_density = posterior.log_density(mu.float())
+    q = posterior.weigh(log_density, posterior.log_floor)
+    posterior.temperature = softness(q.argmax(1) == y, posterior.prior)
     return posterior
 
 
@@ -1051,6 +1080,8 @@ def command(run, args):
         review(run, data, codes, q, labelled_q)
     made_from = [run.out / "vae.pt", *([run.out / "deform.pt"] if moves else [])]
     fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
+    for name, soft in (("hard", False), ("soft", True)):
+        fields[name] = pseudo_labels(codes, soft)[1].cpu()
     common.save(run.out / "latent.pt", run, data, metrics, made_from, **fields, q=q.cpu(),
                 percentages=posterior.stored(), labeller=codes.posterior.stored())
     fitted = f"{len(some):,} validation images"

@@ -109,14 +109,16 @@ class FeatureVAE(nn.Module):
     def of(cls, x, latent_dim: int = 16):
         """A model of features x (N,F), its directions theirs, the widest first."""
         count = min(DIRECTIONS, x.shape[1], max(len(x) - 1, 1))
-        model = cls(x.shape[1], count, latent_dim)
-        some = x[:20_000]
+        some = x[::math.ceil(len(x) / 20_000)]          # they may be sorted by class
         if len(some) < x.shape[1]:      # the smaller product has the same eigenvectors
             values, left = torch.linalg.eigh(some @ some.T)
+            rank = int((values > 1e-6 * values[-1]).sum())      # less, where some are twice
+            count = min(count, max(rank, 1))
             axes = some.T @ left[:, -count:]
             axes = axes / axes.norm(dim=0).clamp(min=1e-12)
         else:
             axes = torch.linalg.eigh(some.T @ some)[1][:, -count:]
+        model = cls(x.shape[1], count, latent_dim)
         model.axes.copy_(axes.flip(1))
         return model
 
