@@ -552,7 +552,8 @@ def with_hybrids(run, data, rows, inputs, sources) -> dict:
         saved = common.load(run, "latent", run.device)
         sources.append(run.out / "latent.pt")
         guessed = ~saved["given"] & (saved["y"] >= 0)
-        soft = data.features is not None and made["settings"]["strategy"] != "images"
+        plain = made["settings"]["strategy"] == "images"
+        soft = data.features is not None and not plain
         if guessed.any():
             q = saved["soft" if soft else "hard"]
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)

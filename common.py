@@ -491,7 +491,7 @@ def check_folder(run, data):
         return
     before = run.record["which"]
     require(os.path.abspath(before["dataset"]) == os.path.abspath(run.dataset),
-            f"{run.out} is the folder of {before['dataset']}, and {run.dataset} is another data "
+            f"{run.out} is the folder of {before['dataset']}; {run.dataset} is another data "
             f"set; give another -o, as -o {run.out}-{data.name}")
     command = command_for(run, run.source)
     require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "

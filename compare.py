@@ -78,7 +78,9 @@ ARMS = {                                # the first ten have a colour of their o
     # With --unlabelled, images under the labels that were spread to them.
     "pseudo-labels": Arm("images", moves=False),
     "augment+pseudo": Arm("images", augmentation="augment", moves=False),
+    "soft pseudo-labels": Arm("images", "density", moves=False),
     "mixup+pseudo": Arm("images", mix="halves", moves=False),
+    "mixup+pseudo only": Arm("images", mix="halves", share=(1.0, 1.0), moves=False),
     "latent posterior": Arm("posterior"),               # no classifier at all
 }
 # What is compared unless told otherwise; of features, with images without a label, too.
@@ -238,8 +240,8 @@ class Unit:
         given = {"made": (made.x, made.q)}
         if moves:
             given["move"] = moves.gently
-        # Images of one class each, the arm of pseudo-labels, have no percentages.
-        soft = self.of_features and arm.strategy != "images"
+        # Plain pseudo-labels are of one class each.
+        soft = self.of_features and (arm.strategy != "images" or arm.rule == "density")
         guessed, q = latent.pseudo_labels(self.codes, soft)
         if guessed.any():
             given["pseudo_labelled"] = (self.images[guessed], q)

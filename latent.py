@@ -215,7 +215,7 @@ class Gaussian(Posterior):
 
 
 def normals(mean, covariance):
-    """N(mean, covariance), (...,D) and (...,D,D), unchecked: that would take longest of all."""
+    """N(mean, covariance), (...,D) and (...,D,D), unchecked: that would take longest."""
     return torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
 
 

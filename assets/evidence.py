@@ -664,6 +664,79 @@ def wrong_labels():
     return grid(head, lines)
 
 
+PHOTOGRAPHS = [Row("cats and dogs", "cats-and-dogs", n) for n in (4, 20, 100)]
+OF_CIFAR = [Row("CIFAR-10", "cifar10-backbone", n) for n in (40, 100, 1000)]
+LABELLED = [Row("cats and dogs", "cats-and-dogs-labelled", n) for n in (4, 20, 100, 1000)]
+SEMI = ("real", "mixup", "pseudo-labels", "mixup+pseudo", "soft pseudo-labels", "real+hybrid")
+
+
+@table("photographs-short")
+def photographs_short():
+    """Accuracies, and what hybrids add to the usual thing to do with images without a label."""
+    head = ["data set", "labels", *SEMI, "NLL: mixup+pseudo", "real+hybrid"]
+    lines = []
+    for row in PHOTOGRAPHS + OF_CIFAR:
+        cells = [row.name, f"{row.n:,}"]
+        for arm in SEMI:
+            cells.append(percent(row, arm))
+        for arm in ("mixup+pseudo", "real+hybrid"):
+            cells.append(f"{mean(row, arm, 'nll'):.3f}")
+        lines.append(cells)
+    return grid(head, lines)
+
+
+@table("photographs")
+def photographs():
+    """Paired differences of the hybrids, in accuracy and in NLL."""
+    others = ("real", "pseudo-labels", "mixup+pseudo", "mixup+pseudo only", "soft pseudo-labels")
+    head = ["data set", "labels", *(f"points over {arm}" for arm in others),
+            *(f"NLL less {arm}" for arm in others[1:])]
+    lines = []
+    for row in PHOTOGRAPHS + OF_CIFAR:
+        cells = [row.name, f"{row.n:,}"]
+        for other in others:
+            cells.append(pm(difference(row, "real+hybrid", other), 2))
+        for other in others[1:]:
+            cells.append(pm(difference(row, "real+hybrid", other, "nll"), 3))
+        lines.append(cells)
+    return grid(head, lines)
+
+
+@table("photographs-percentages")
+def photographs_percentages():
+    """What the percentages are worth: of the latent space, and of classifiers."""
+    arms = ("latent posterior", "mixup+pseudo", "real+hybrid")
+    head = ["data set", "labels"]
+    for key in ("accuracy", "NLL", "ECE"):
+        head += [f"{key}: {arms[0]}", *arms[1:]]
+    lines = []
+    for row in PHOTOGRAPHS + OF_CIFAR:
+        cells = [row.name, f"{row.n:,}"]
+        for key, digits in (("accuracy", 1), ("nll", 3), ("ece", 3)):
+            for arm in arms:
+                cells.append(f"{mean(row, arm, key):.{digits}f}")
+        lines.append(cells)
+    return grid(head, lines)
+
+
+@table("photographs-labelled")
+def photographs_labelled():
+    """Labelled photographs alone."""
+    head = ["data set", "labels", "real", "mixup", "real+hybrid", "points over real",
+            "points over mixup", "NLL less real", "NLL less mixup"]
+    lines = []
+    for row in LABELLED:
+        cells = [row.name, f"{row.n:,}"]
+        for arm in ("real", "mixup", "real+hybrid"):
+            cells.append(percent(row, arm))
+        for other in ("real", "mixup"):
+            cells.append(pm(difference(row, "real+hybrid", other), 2))
+        for other in ("real", "mixup"):
+            cells.append(pm(difference(row, "real+hybrid", other, "nll"), 3))
+        lines.append(cells)
+    return grid(head, lines)
+
+
 @table("steps")
 def steps():
     chosen = result("baseline")["chosen"]["steps"]
