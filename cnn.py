@@ -553,9 +553,8 @@ def with_hybrids(run, data, rows, inputs, sources) -> dict:
         sources.append(run.out / "latent.pt")
         guessed = ~saved["given"] & (saved["y"] >= 0)
         plain = made["settings"]["strategy"] == "images"
-        soft = data.features is not None and not plain
         if guessed.any():
-            q = saved["soft" if soft else "hard"]
+            q = saved["hard" if plain else "pseudo"]
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
     return given
 

@@ -37,7 +37,7 @@ from torch import Tensor
 # Letters: N training images, M images of all parts, C×H×W image, K classes.
 # y integer labels (N,), -1 for none; q class probabilities (N,K).
 FORMAT = 6                              # of the files; any other is refused
-FEW = 10                                # labels of a class of which all are for training
+FEW = 20                                # labels of a class of which all are for training
 # The settings that say which images a run is about, and their defaults.
 WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
          "labels_from": None, "skip_damaged": False, "images": None, "seed": 0,

@@ -240,8 +240,9 @@ class Unit:
         given = {"made": (made.x, made.q)}
         if moves:
             given["move"] = moves.gently
-        # Plain pseudo-labels are of one class each.
-        soft = self.of_features and (arm.strategy != "images" or arm.rule == "density")
+        soft = arm.rule == "density" if arm.strategy == "images" else None
+        if not self.of_features:
+            soft = False
         guessed, q = latent.pseudo_labels(self.codes, soft)
         if guessed.any():
             given["pseudo_labelled"] = (self.images[guessed], q)

@@ -24,6 +24,7 @@ SPREAD = 60_000                         # most images of a kind that labels are 
 CODES = 20_000                          # most codes that a density is made of
 NEIGHBOURS = 7                          # along whom labels are spread, among images
 FEATURE_NEIGHBOURS = 15                 # and among features
+SOFT = 1.1                              # temperature from which pseudo-labels are soft
 SKILL = 1 / 3                           # between guessing, 0, and knowing, 1
 CANDIDATES = 50                         # nearest codes, among which images say who is near
 
@@ -281,12 +282,15 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
     return Codes(rows, mu, logvar, labels, given, posterior)
 
 
-def pseudo_labels(codes, soft):
+def pseudo_labels(codes, soft=None):
     """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
 
-    One class each or, `soft`, the percentages of the labeller.
+    One class each or, `soft`, the percentages of the labeller; None: soft where it knows less
+    than a tenth too little. Hard labels that are often wrong make a classifier too sure.
     """
     guessed = (codes.y >= 0) & ~codes.given
+    if soft is None:
+        soft = codes.posterior.temperature > SOFT
     if soft:
         return guessed, codes.posterior(codes.mu[guessed])
     classes = len(codes.posterior.prior)
@@ -1080,7 +1084,8 @@ def command(run, args):
         review(run, data, codes, q, labelled_q)
     made_from = [run.out / "vae.pt", *([run.out / "deform.pt"] if moves else [])]
     fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
-    for name, soft in (("hard", False), ("soft", True)):
+    # Of images the labels that were spread, as they are, are the better ones.
+    for name, soft in (("hard", False), ("pseudo", None if images.dim() == 2 else False)):
         fields[name] = pseudo_labels(codes, soft)[1].cpu()
     common.save(run.out / "latent.pt", run, data, metrics, made_from, **fields, q=q.cpu(),
                 percentages=posterior.stored(), labeller=codes.posterior.stored())

@@ -257,7 +257,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         first = end
 
 
-def train_painter(z, images, seed=0, amp=False, steps=1000, batch_size=64, lr=3e-3):
+def train_painter(z, images, seed=0, amp=False, steps=500, batch_size=64, lr=3e-3):
     """A VAE of which the decoder is trained, alone: points z (N,D) -> their images (N,C,H,W).
 
     The points stay where they are; it only shows what lies there.
@@ -432,6 +432,7 @@ def command(run, args):
     painter = model
     content = inputs.fields()
     if data.features is not None:       # so that every point has a picture
+        common.say("learning to paint the points")
         codes, _ = encode_all(model, images, run.amp)
         painter = train_painter(codes, data.images[rows], run.seed, run.amp)
         content["painter"] = {"config": painter.config, "model": painter.state_dict()}
