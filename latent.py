@@ -537,11 +537,17 @@ def left_out_right(graph, rows, y, asked, classes, most=50) -> float:
     columns = torch.arange(len(asked))
     start = torch.zeros(len(graph), len(asked))
     start[rows[asked], columns] = 1
-    influence = propagate(graph, start)[rows]           # (n,A) of each label, S is symmetric
-    influence[asked, columns] = 0                       # but of its own
+    influence = propagate(graph, start)
     one_hot = F.one_hot(y, classes).float()
-    guess = (influence.T @ one_hot).argmax(1)
-    return (guess == y[asked]).float().mean().item()
+    every = torch.zeros(len(graph), classes)
+    every[rows] = one_hot
+    mass = propagate(graph, every).sum(0).repeat(len(asked), 1)         # (A,K)
+    mass[columns, y[asked]] -= influence.sum(0)
+    others = influence[rows]            # (n,A) of each label on the asked: S is symmetric
+    others[asked, columns] = 0
+    # As one label fewer has less to say, each class is measured by what it has in all.
+    share = others.T @ one_hot / mass.clamp(min=1e-30)
+    return (share.argmax(1) == y[asked]).float().mean().item()
 
 
 def halves_agree(graph, rows, y, several, classes) -> float:
@@ -551,7 +557,7 @@ def halves_agree(graph, rows, y, several, classes) -> float:
     guesses = []
     for half in (order[::2], order[1::2]):              # half of each class
         half = torch.cat([half, alone])
-        guesses.append(spread(graph, rows[half], y[half], classes))
+        guesses.append(spread(graph, rows[half], y[half], classes, balanced=True))
     other = torch.ones(len(graph), dtype=torch.bool)
     other[rows] = False
     other &= guesses[0] >= 0                            # where no label arrives, none is said

@@ -717,8 +717,11 @@ def test_labels_that_are_left_out_are_predicted_by_the_others():
     right = []
     for k in range(9):
         others = torch.arange(9) != k
-        found = latent.spread(graph, rows[others], labels[others], 3)
-        right.append(found[rows[k]] == labels[k])
+        start = torch.zeros(60, 3)
+        start[rows[others], labels[others]] = 1
+        belief = latent.propagate(graph, start)
+        share = belief / belief.sum(0)
+        right.append(share[rows[k]].argmax() == labels[k])
     every = torch.ones(9, dtype=torch.bool)
     found = latent.left_out_right(graph, rows, labels, every, 3)
     assert 0 < found < 1 and found == approx(torch.stack(right).float().mean().item())
@@ -729,8 +732,8 @@ def test_labels_that_are_left_out_are_predicted_by_the_others():
 def test_halves_of_the_labels_are_asked_about_the_rows_without_one():
     graph, rows, labels = some_labels()
     rows, labels = rows[:7], labels[:7]                 # of the last class there is one
-    first = latent.spread(graph, rows[[0, 2, 4, 6]], labels[[0, 2, 4, 6]], 3)
-    second = latent.spread(graph, rows[[1, 3, 5, 6]], labels[[1, 3, 5, 6]], 3)
+    first, second = (latent.spread(graph, rows[half], labels[half], 3, balanced=True)
+                     for half in ([0, 2, 4, 6], [1, 3, 5, 6]))
     other = ~torch.isin(torch.arange(60), rows)
     wanted = (first == second)[other].float().mean().item()
     several = torch.arange(7) < 6
@@ -2410,7 +2413,7 @@ def test_latent_works_alone(alone):
     mu = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
     logvar = torch.full((4, 1), -2.0)
     y = torch.tensor([0, 0, 1, 1])
-    found = latent.embed(mu, logvar, torch.arange(4), y, 2, mu)
+    found = latent.embed(mu, logvar, torch.arange(4), y, 2, mu, torch.zeros(4, 1, 16, 16))
     for posterior in (found.posterior, latent.Gaussian.fit(mu, logvar, y, 2)):
         q = posterior(torch.zeros(1, 1))[0]
         assert latent.words(q, ["cat", "dog"]) == "50% cat + 50% dog"
@@ -2826,7 +2829,8 @@ def noisy(root, classes=("bird", "fish"), per_class=10, seed=0):
     {"train": 13, "train/unlabelled": 3}, {"train": 12, "UNLABELLED/a/b": 3, "UNLABELLED": 3},
     {"train": 14, "unlabelled": 3, "train/unlabelled": 3},
     {"": 10, "unlabelled": 0}, {"": 10, "Unlabeled": 3}])
-def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given):
+def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given, monkeypatch):
+    monkeypatch.setattr(common, "FEW", 10)
     root = tmp_path / "zoo"
     wanted = {part: {} for part in ("train", "validation", "unlabelled", "test")}
     for folder, count in given.items():
@@ -2961,7 +2965,9 @@ SOME = functools.partial(folders, "bird", "fish", count=13)
     (arrays(class_names=np.zeros(3)), "left out: class_names .*classes"),
     (arrays(y_test=thirds(60) // 2), "no test images of eel"),
     (folders("bird", "fish", count=11), "fewer than 10 images a class")])
-def test_what_a_person_should_know_of_a_data_set_is_said(tmp_path, capsys, make_data, pattern):
+def test_what_a_person_should_know_of_a_data_set_is_said(tmp_path, capsys, make_data, pattern,
+                                                         monkeypatch):
+    monkeypatch.setattr(common, "FEW", 10)
     dataset(make_data(tmp_path), tmp_path)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a: ")]
     if pattern is None:
@@ -2985,7 +2991,9 @@ def reads(monkeypatch):
     return names
 
 
-def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads, capsys):
+def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setattr(common, "FEW", 10)
     root = noisy(tmp_path / "zoo", per_class=13)
     reads.append(8)
     with pytest.raises(KeyboardInterrupt):
@@ -3286,7 +3294,10 @@ def test_what_no_training_image_was_like_is_inverted(tmp_path, grounds, ground, 
 
 @pytest.mark.parametrize("n, judged, validated", [
     (12, False, False), (29, False, False), (30, False, True), (12, True, True)])
-def test_so_many_images_keep_their_label_and_no_row_moves(tmp_path, n, judged, validated):
+def test_so_many_images_keep_their_label_and_no_row_moves(tmp_path, n, judged, validated,
+                                                          monkeypatch):
+    assert common.FEW == 20
+    monkeypatch.setattr(common, "FEW", 10)
     whole = dataset(with_loose(tmp_path / "a.npz"), tmp_path)
     few = common.with_labels(whole, n, 3, judged)
     kept = common.subset(whole, n, 3)
@@ -3848,7 +3859,7 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 @pytest.mark.parametrize("kind, upstream, keys", [
     ("deform", [], "deformations"), ("vae", [], "config rows model"),
-    ("latent", ["vae"], "rows mu logvar y given q percentages labeller hard soft"),
+    ("latent", ["vae"], "rows mu logvar y given q percentages labeller hard pseudo"),
     ("hybrids", ["vae", "latent", "deform"], "images q z"),
     ("cnn", ["hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
@@ -4646,7 +4657,7 @@ def few(tmp_path_factory):
 
 def test_labels_are_those_given_and_those_spread_by_codes_and_by_images_that_move(few):
     pool = few.data.pool
-    assert (len(few.data.labelled()), len(few.data.unlabelled())) == (30, 239)
+    assert (len(few.data.labelled()), len(few.data.unlabelled())) == (30, 260)
     used = rows_used(few.vae, few.data.images)
     assert used <= set(pool.tolist()) and len(used) > 250
     assert len(few.moves[0].asked[0]) == 30
@@ -4682,7 +4693,7 @@ def test_a_classifier_sees_given_and_spread_labels(few):
     assert torch.equal(told["pseudo_labelled"][1], one_hot(saved["y"][guessed]))
     assert "move" not in told           # as hybrids.pt says, made with --no-deform
     metrics = few.files["cnn"]["metrics"]
-    assert (metrics["real_images"], metrics["pseudo_labelled"]) == (30, 239)
+    assert (metrics["real_images"], metrics["pseudo_labelled"]) == (30, 260)
     assert set(few.files["cnn"]["made_from"]) == {"hybrids", "latent"}
 
 
@@ -4855,8 +4866,7 @@ def test_a_table_has_the_percentages_of_every_image(few):
     data = few.data
     assert set(table) == set(data.names)
     counts = Counter(line["part"] for line in table.values())
-    assert counts == {"train": 30, "unlabelled": 239, "test": 60,
-                      "validation": len(data.validation)}
+    assert counts == {"train": 30, "unlabelled": 260, "test": 60}       # of few labels
     saved = few.files["latent"]
     posterior = latent.restored(saved["percentages"])
     tests = posterior(*vae.encode_all(few.model, data.test_images[:5]))
