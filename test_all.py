@@ -812,6 +812,28 @@ def test_labels_are_those_given_and_those_spread_along_the_graph_of_codes_and_im
     assert torch.equal(known.posterior(mu), wanted(mu))
 
 
+def test_a_given_label_stays_though_all_its_neighbours_have_another():
+    y = torch.arange(2).repeat_interleave(40)
+    mu = 0.1 * noise(80, 2) + 50 * y[:, None]
+    given = y.clone()
+    given[5] = 1                        # among zeros; one in four has no label
+    given[3::4] = -1
+    found = spread_along(mu, given, 2)
+    assert torch.equal(found, given.where(given >= 0, y))
+
+
+def test_pseudo_labels_are_soft_where_asked_or_where_the_labeller_is():
+    found = latent.embed(*half_labelled(), Moving(1.0))
+    for temperature, told, soft in ((1.0, None, False), (1.09, None, False),
+                                    (1.11, None, True), (1.0, True, True),
+                                    (3.0, False, False)):
+        found.posterior.temperature = temperature
+        guessed, q = latent.pseudo_labels(found, told)
+        assert torch.equal(guessed, torch.arange(120) % 3 > 0)
+        hard = F.one_hot(CLASSES[guessed], 3).float()
+        assert torch.equal(q, found.posterior(found.mu[guessed]) if soft else hard)
+
+
 def test_labels_are_spread_among_so_many_images_of_a_kind_and_the_labeller_has_so_many_codes(
         monkeypatch):
     assert (latent.SPREAD, latent.CODES) == (60_000, 20_000)
@@ -4859,6 +4881,54 @@ def test_a_notebook_finds_its_settings_as_they_were(copy):
     assert {key: matplotlib.rcParams[key] for key in before} == before
 
 
+def test_movements_of_a_comparison_are_learned_from_given_labels_alone(tmp_path, monkeypatch):
+    note_moves(monkeypatch)
+    planned = grid_of("--dataset", npz(tmp_path / "tiny.npz"), "-o", tmp_path, "--sizes", 12,
+                      "--unlabelled")
+    unit = compare.Unit(planned, 12, 3)
+    kept = common.subset(planned.data, 12, 3).sort()[0]
+    assert len(unit.images) > 100
+    images, y, seed = unit.moves.asked
+    assert torch.equal(images, planned.data.images[kept])
+    assert torch.equal(y, planned.data.labels[kept])
+    assert seed == 3
+
+
+def test_a_review_holds_given_labels_against_given_ones_alone(few, tmp_path, monkeypatch):
+    leave_blank(monkeypatch)
+    calls = note_calls(monkeypatch, latent, "review")
+    out = shutil.copytree(few.out, tmp_path / "run")
+    assert run("latent", "-o", out, "--review", "--no-amp") == 0
+    saved = read(out / "latent.pt")
+    codes = latent.Codes.restore(saved)
+    posterior = latent.restored(saved["percentages"])
+    choice = saved["metrics"][type(posterior).__name__.lower()]["choice"]
+    own = functools.partial(latent.left_out, type(posterior), choice, posterior.temperature,
+                            classes=3)
+    *_, q, labelled_q = calls[0].given
+    close(q, own(*codes.labelled()))
+    close(labelled_q, own(*codes.some(codes.given).labelled()))     # no label that was spread
+    assert (labelled_q - q[codes.given]).abs().max() > 1e-3
+
+
+def test_labels_spread_to_images_are_of_one_class_however_soft_the_labeller(few, tmp_path,
+                                                                            monkeypatch):
+    leave_blank(monkeypatch)
+    few_hybrids(monkeypatch)
+    monkeypatch.setattr(latent, "SOFT", 0)
+    out = shutil.copytree(few.out, tmp_path / "run")
+    assert run("latent", "-o", out, "--no-amp") == 0
+    saved = read(out / "latent.pt")
+    guessed = one_hot(saved["y"][~saved["given"]])
+    assert torch.equal(saved["pseudo"], guessed) and torch.equal(saved["hard"], guessed)
+    planned = grid_of("--dataset", npz(tmp_path / "tiny.npz"), "-o", tmp_path, "--sizes", 12,
+                      "--unlabelled", "--vae-steps", 30)
+    unit = compare.Unit(planned, 12, 3)
+    for arm in ("real+hybrid", "pseudo-labels"):
+        _, q = unit.with_hybrids(compare.ARMS[arm])["pseudo_labelled"]
+        assert set(q.unique().tolist()) == {0, 1}
+
+
 # ---- latent.csv, and latent.py --review: what to look at next -------------------------------
 
 def test_a_table_has_the_percentages_of_every_image(few):
@@ -6079,3 +6149,23 @@ def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, 
 def test_wrong_features_of_a_file_end_in_one_line(changes, line, tmp_path, capsys):
     file = with_features(tmp_path / "own.npz", **changes)
     assert line in mistake(capsys, "vae", "--dataset", file, "-o", tmp_path / "out")
+
+
+def test_labels_spread_to_features_are_as_soft_as_the_labeller_unless_plain(
+        visit, undrawn, monkeypatch):
+    monkeypatch.setattr(latent, "SOFT", 0)              # a labeller that knows too little
+    calls = note_calls(monkeypatch, cnn, "train")
+    assert run("latent", "-o", "out") == 0
+    codes = latent.Codes.restore(read("out/latent.pt"))
+    for strategy, soft in (("between", True), ("images", False)):
+        assert run("hybrids", "-o", "out", "--count", 9, "--strategy", strategy) == 0
+        assert run("cnn", "-o", "out", "--steps", 2) == 0
+        _, q = calls[-1].told["pseudo_labelled"]
+        assert torch.equal(q, latent.pseudo_labels(codes, soft)[1])
+    planned = grid_of("--dataset", "photos", "--backbone", "net.py", "-o", "grid", "--sizes",
+                      12, "--unlabelled", "--vae-steps", 2)
+    unit = compare.Unit(planned, 12, 3)
+    for arm, soft in (("real+hybrid", True), ("soft pseudo-labels", True),
+                      ("pseudo-labels", False), ("mixup+pseudo", False)):
+        _, q = unit.with_hybrids(compare.ARMS[arm])["pseudo_labelled"]
+        assert torch.equal(q, latent.pseudo_labels(unit.codes, soft)[1])
