@@ -446,7 +446,7 @@ def draw(images, y, deform, generator):
     still = as_input(images[common.spaced(len(images), 8)])
     moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
     rows = torch.cat([still[:, None], moved.unflatten(0, (8, 7))], 1)
-    common.tidy(moves, "How may they move?")
+    common.tidy(moves, "What do they become?")
     common.show_images(moves, rows.flatten(0, 1), 8,
                        f"a training image, then {deform.words()}")
 
@@ -475,7 +475,7 @@ def draw_losses(axes, deform):
     import common
     strengths = [choice.strength for choice in STRENGTHS]
     nll = [deform.losses[choice] for choice in STRENGTHS]
-    common.tidy(axes, "How strongly, before they become something else?",
+    common.tidy(axes, "How strongly may they move?",
                 "strength of the deformations", "held-out loss, nats per image")
     axes.plot(strengths, nll, "-o", ms=5, color=common.COLOURS[0], label="deformed")
     axes.plot(0, deform.losses[MIRRORED], "s", ms=7, mfc="none", color=common.COLOURS[2],
