@@ -1367,6 +1367,8 @@ def correct_labels(data, file):
         name = line["new_label"]
         if not name:
             continue
+        of = line.get("data_set") or data.name          # review.csv says whose images they are
+        require(of == data.name, f"{file}: {image} is an image of {of}, not of {data.name}")
         require(given.setdefault(image, name) == name,
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
         require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "

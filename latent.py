@@ -637,7 +637,7 @@ REVIEWED = 100                          # most images of a kind in review.csv
 NAMED = 20                              # most classes that the map names
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
-COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure"]
+COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "data_set"]
 # The densities, what is tried of their bandwidth or shrinkage, and what is usual.
 KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
          "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
@@ -945,7 +945,8 @@ def review_lines(why, data, codes, q, places, claims, seen) -> list:
             continue
         label = data.classes[codes.y[k]] if codes.given[k] else ""
         lines.append({"image": name, "new_label": "", "why": why, "label": label,
-                      "likeliest": data.classes[claim], "sure": f"{float(q[k, claim]):.4f}"})
+                      "likeliest": data.classes[claim], "sure": f"{float(q[k, claim]):.4f}",
+                      "data_set": data.name})
     return lines
 
 

@@ -3463,6 +3463,8 @@ BESIDE = "either the former are parts of the data set.*or all are classes"
     (table("train/999,cat"), "no image 'train/999'; they are called train/0"),
     (table("train/4,cat\ntrain/4,dog"), "train/4 is both cat and dog; remove"),
     (table("train/4,"), "no line has a new label; write some into its column"),
+    (table("train/4,cat,b", header="image,new_label,data_set\n"),
+     "train/4 is an image of b, not of a"),
     (table("1.png,cat", header="file,label\n"), "no column image; wanted"),
     (table("train/4,caf\xe9", "cp1252"), "save it as CSV UTF-8"),
     (table("train/4,caf\xe9", "utf-16"), "save it as CSV UTF-8"),

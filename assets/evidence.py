@@ -672,9 +672,11 @@ SEMI = ("real", "pseudo-labels", "mixup+pseudo", "real+hybrid")
 
 @table("photographs-short")
 def photographs_short():
-    """Accuracies, and what hybrids add to the usual thing to do with images without a label."""
+    """Accuracies, and what hybrids add to the usual thing to do with unlabelled images."""
     best = ("mixup+pseudo", "real+hybrid")
-    head = ["data set", "labels", *SEMI, f"NLL: {best[0]}", best[1], f"ECE: {best[0]}", best[1]]
+    head = ["data set", "labels", *SEMI]
+    for key in ("NLL", "ECE"):
+        head += [f"{key}: {best[0]}", best[1]]
     lines = []
     for row in PHOTOGRAPHS + OF_CIFAR:
         cells = [row.name, f"{row.n:,}"]
@@ -690,7 +692,8 @@ def photographs_short():
 @table("photographs")
 def photographs():
     """Paired differences of the hybrids, in accuracy and in NLL."""
-    others = ("real", "pseudo-labels", "mixup+pseudo", "mixup+pseudo only", "soft pseudo-labels")
+    others = ("real", "pseudo-labels", "mixup+pseudo", "mixup+pseudo only",
+              "soft pseudo-labels")
     head = ["data set", "labels", *(f"points over {arm}" for arm in others),
             *(f"NLL less {arm}" for arm in others[1:])]
     lines = []
