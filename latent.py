@@ -920,8 +920,11 @@ def findings(data, codes, q, labelled_q, seen) -> list:
     label, by the given labels of the others. Images whose names are in `seen` are left out.
     """
     given = codes.some(codes.given)
-    places, claims = suspects(labelled_q, given.y)
-    lines = review_lines(WRONG, data, given, labelled_q, places, claims, seen)
+    lines = []
+    agree = labelled_q.argmax(1) == given.y
+    if agree.float().mean() > 0.5:      # else they know too little to doubt a label
+        places, claims = suspects(labelled_q, given.y)
+        lines = review_lines(WRONG, data, given, labelled_q, places, claims, seen)
 
     asked = ~codes.given
     for k, row in enumerate(codes.rows.tolist()):
@@ -990,7 +993,9 @@ def review(run, data, codes, q, labelled_q):
     common.write(run.out / "review.png", draw_review(data, lines))
     common.write(path, [COLUMNS, *(line.values() for line in lines)])
     agree = labelled_q.argmax(1) == codes.y[codes.given]
-    print(f"percentages agree with {agree.float().mean():.0%} of the labels; to look at:")
+    share = agree.float().mean()
+    doubt = "" if share > 0.5 else ", too few to doubt any"
+    print(f"percentages agree with {share:.0%} of the labels{doubt}; to look at:")
     for why in (WRONG, TEACHING):
         print(f"{why}: {sum(line['why'] == why for line in lines)}")
     mine = run.labels_from or run.out / "labels.csv"

@@ -4896,6 +4896,17 @@ def test_movements_of_a_comparison_are_learned_from_given_labels_alone(tmp_path,
     assert seed == 3
 
 
+@pytest.mark.parametrize("right, doubted", [(0.6, 1), (0.5, 0)])
+def test_labels_are_doubted_only_by_percentages_that_agree_with_most(few, right, doubted):
+    rows = few.data.labelled()[:10]
+    y = few.data.labels[rows]
+    said = torch.where(torch.arange(10) < 10 * right, y, (y + 1) % 3)
+    q = 0.9 * one_hot(said) + 0.1 / 3
+    codes = latent.Codes(rows, noise(10, 2), noise(10, 2), y, y >= 0, None)
+    lines = latent.findings(few.data, codes, q, q, set())
+    assert (len(lines) > 0) == doubted
+
+
 def test_a_review_holds_given_labels_against_given_ones_alone(few, tmp_path, monkeypatch):
     leave_blank(monkeypatch)
     calls = note_calls(monkeypatch, latent, "review")
