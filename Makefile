@@ -142,7 +142,7 @@ clean:
 
 help:
 	@echo 'make all       the whole chain into $(OUT)'
-	@echo 'make quick     the same in seconds, smallest sizes, into runs/quick'
+	@echo 'make quick     the same in a minute, smallest sizes, into runs/quick'
 	@echo 'make test      the tests; make test-slow: those of minutes, too'
 	@echo 'make bench     time it, on MNIST'
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'

@@ -1260,7 +1260,11 @@ def unit_length(features):
 
 def normalised(features, mean, scale: float):
     """Features (n,F), as a network makes them -> as models see them."""
-    return (unit_length(features) - mean) * scale
+    made = torch.empty(features.shape, device=features.device)
+    for start in range(0, len(features), 5000):         # all at once take much memory
+        part = slice(start, start + 5000)
+        made[part] = (unit_length(features[part]) - mean) * scale
+    return made
 
 
 # ---- rows: which images train, which choose, which labels count -----------------------------
