@@ -5457,7 +5457,7 @@ def test_two_ranks_train_one_model_and_resume_nothing(copy, tmp_path, name):
                        "--threads", 1, "--quiet", "--resume", PYTHONPATH=str(HERE))
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
-    assert f"2 ranks); kept as {name}.last.1.pt" in printed
+    assert f"now 2); kept as {name}.last.1.pt" in printed
     one, two = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
     for key in one:
         if "running" not in key and "tracked" not in key:       # statistics of each rank
