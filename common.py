@@ -1614,7 +1614,8 @@ class Checkpoint:
     def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
         self.path = run.out / f"{name}.last.pt"
         self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
-                      "device": run.device.type, "data": data.fingerprint, "backbone": data.backbone,
+                      "device": run.device.type, "data": data.fingerprint,
+                      "backbone": data.backbone,
                       "code": fingerprint(Path(__file__).with_name(f"{name}.py"))}
         for key in ("dataset", "data_dir", "labels_from"):      # known by content
             self.facts.pop(key, "")

@@ -311,7 +311,10 @@ def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
 
 
 def fit_feature_labeller(mu, logvar, y, classes):
-    """As `fit_labeller`, of features: among these a Gaussian a class knows more."""
+    """As `fit_labeller`, of features: among these a Gaussian a class knows more.
+
+    No code is left out for T: a Gaussian hardly depends on one of many.
+    """
     posterior = Gaussian.fit(mu, logvar, y, classes, quantile=0.01)
     log_density = posterior.log_density(mu.float())
     q = posterior.weigh(log_density, posterior.log_floor)
@@ -320,7 +323,7 @@ def fit_feature_labeller(mu, logvar, y, classes):
 
 
 def softness(right, prior) -> float:
-    """T = 1/s of left-out predictions, `right` (N,) or not; s is 0 if guessed, 1 if known."""
+    """T = 1/s of predictions, `right` (N,) or not; s is 0 if they are guessed, 1 if known."""
     accuracy = right.float().mean().item()
     guess = prior.max().item()
     skill = (accuracy - guess) / max(1 - guess, 1e-6)
