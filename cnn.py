@@ -24,6 +24,7 @@ from torch import nn
 # (B,F); q (B,K) probabilities.
 GIVEN = 1 / 8                           # of a batch's real images, where labels are spread
 GIVEN_FEATURES = 1 / 2
+MOMENTUM = 0.1                          # of running means, as in BatchNorm
 STEPS = {100: 300, 300: 400, 1000: 800, 3000: 1600}     # up to so many images; then 2400
 
 
@@ -36,13 +37,12 @@ class NormalisedConvolution(nn.Module):
     each way; their running means take their place in prediction.
     """
 
-    def __init__(self, channels: int, outputs: int, momentum: float = 0.1):
+    def __init__(self, channels: int, outputs: int):
         super().__init__()
         weight = nn.Conv2d(channels, outputs, 3, bias=False).weight.detach()
         self.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))      # (outputs,9C)
         self.gain = nn.Parameter(torch.ones(outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(9 * channels))
         self.register_buffer("running_covariance", torch.eye(9 * channels))
 
@@ -69,8 +69,8 @@ class NormalisedConvolution(nn.Module):
         mean = patches.mean(1)
         centred = patches - mean[:, None]
         covariance = centred @ centred.T / patches.shape[1]
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_covariance.lerp_(covariance, self.momentum)
+        self.running_mean.lerp_(mean, MOMENTUM)
+        self.running_covariance.lerp_(covariance, MOMENTUM)
         return mean, covariance
 
 
@@ -144,12 +144,9 @@ def steps_for(images, n=None, unlabelled: int = 0) -> int:
 
     Others without a label count as well, up to 1,000 images.
     """
-    n = len(images) if n is None else n
+    n = n or len(images)
     n = max(n, min(n + unlabelled, 1000))
-    steps = 2400
-    for size in reversed(STEPS):
-        if n <= size:
-            steps = STEPS[size]
+    steps = min([STEPS[size] for size in STEPS if n <= size], default=2400)
     if images.dim() == 2:               # one layer has learnt enough by then
         return min(steps, 800)
     return 2 * steps if images.shape[1] == 3 else steps
@@ -201,21 +198,20 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
                                   fused=True)
     first = 0
     if state:
-        state = copy.deepcopy(state)    # the optimiser would go on in the caller's tensors
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
+        # A copy: it would go on in the caller's tensors.
+        optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         generator.set_state(state["generator"])
         first = state["step"]
-    ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    for end in sorted(ends):
+    for i in range(rounds):
+        end = math.ceil(steps * (i + 1) / rounds)
         if end <= first:
             continue
         model.train()                   # the caller may have evaluated
         total = torch.zeros((), device=device)
         start = time.perf_counter()
         for step in range(first, end):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             x, q = next_batch(generator, step / steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 logits = model(x)
@@ -232,7 +228,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, weight_decay=0.05, roun
         yield {"step": end, "loss": mean,
                "images_per_second": len(x) * (end - first) / seconds,
                "state": copy.deepcopy({"step": end, "model": model.state_dict(),
-                                       "optimiser": optimiser.state_dict()["state"],
+                                       "optimiser": optimiser.state_dict(),
                                        "generator": generator.get_state()})}
         first = end
 
@@ -249,16 +245,16 @@ def predict(model, images, amp=False, batch=200):
 
 
 def as_input(images):
-    """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
+    """uint8 or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Features (B,F) -> float32. Raises ValueError for other ranges; uint8 needs no look.
+    Features (B,F) -> float32. Raises ValueError for other ranges.
     """
     x = images.float()
     if x.dim() == 2:
         return x
-    if not images.is_floating_point():
+    if images.dtype == torch.uint8:
         x = x / 255
-    if images.dtype != torch.uint8 and len(x):          # a batch may hold none of a kind
+    elif len(x):                        # a batch may hold none of a kind
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):                # NaN fails, too
             raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], "
@@ -311,8 +307,9 @@ def take_real(real, pseudo_labelled, count, generator):
     """`count` real images; where labels were spread, some of each kind."""
     if not pseudo_labelled:
         return take(real, count, generator)
-    part = len(real[1]) / (len(real[1]) + len(pseudo_labelled[1]))
-    least = GIVEN_FEATURES if real[0].dim() == 2 else GIVEN
+    images, q = real
+    part = len(q) / (len(q) + len(pseudo_labelled[1]))
+    least = GIVEN_FEATURES if images.dim() == 2 else GIVEN
     given = round(max(least, part) * count)
     x, q = take(real, given, generator)
     guessed_x, guessed_q = take(pseudo_labelled, count - given, generator)
@@ -376,17 +373,17 @@ def flip_crop(x, q, generator, pad=4):
     return shifts[torch.arange(len(x), device=x.device), :, down, right], q
 
 
-def augment(x, q, generator):
+def augment(x, q, generator, **limits):
     """What suits digits and the like, if grey; what suits photographs, if colour."""
-    transform = affine if x.shape[1] == 1 else flip_crop
-    return transform(x, q, generator)
-
-
-def elastic(x, q, generator, scale=0.75, bend=1.5):
-    """As `augment`, but grey images bend, too: the best of 20 settings on MNIST and glyphs."""
     if x.shape[1] == 3:
         return flip_crop(x, q, generator)
-    return affine(x, q, generator, 15 * scale, 0.15 * scale, 0.1 * scale, 0.15 * scale, bend)
+    return affine(x, q, generator, **limits)
+
+
+def elastic(x, q, generator):
+    """As `augment`, but grey images bend, too: the best of 20 settings on MNIST and glyphs."""
+    return augment(x, q, generator, degrees=0.75 * 15, scale=0.75 * 0.15, shift=0.75 * 0.1,
+                   shear=0.75 * 0.15, bend=1.5)
 
 
 def random_beta(x, alpha, generator):
@@ -466,12 +463,11 @@ def draw(history, q, y, classes):
     common.tidy(curve, "Has it learnt enough?", "step", "accuracy on validation images, %")
     steps = [row["step"] for row in history]
     if "validation" in history[0]:
-        curve.plot(steps, [100 * row["validation"] for row in history], "-o", ms=4,
+        curve.plot(steps, [100 * row["validation"] for row in history], "-o",
                    color=common.COLOURS[0])
     loss = curve.twinx()
-    loss.plot(steps, [row["loss"] for row in history], "--s", ms=4, color=common.COLOURS[2])
+    loss.plot(steps, [row["loss"] for row in history], "--s", color=common.COLOURS[2])
     loss.set_ylabel("training loss, nats (dashed)")
-    loss.spines[["top"]].set_visible(False)
     draw_confusion(matrix, q, y, classes)
     return fig
 
@@ -489,14 +485,12 @@ def draw_confusion(axes, q, y, classes):
     axes.imshow(rates.numpy(), cmap="Greys", vmin=0, vmax=100)
     if k > 12:                          # numbers and names would not be readable
         return
-    axes.set_xticks(range(k), classes)
+    axes.set_xticks(range(k), classes, rotation=45, ha="right")
     axes.set_yticks(range(k), classes)
-    if max(map(len, classes)) > 3:
-        axes.set_xticks(range(k), classes, rotation=45, ha="right")
     for row, column in (rates >= 0.5).nonzero().tolist():
-        colour = "white" if rates[row, column] > 50 else "black"
-        axes.text(column, row, f"{rates[row, column]:.0f}", ha="center", va="center",
-                  fontsize=8, color=colour)
+        rate = rates[row, column]
+        axes.text(column, row, f"{rate:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if rate > 50 else "black")
 
 
 def answer(run, path):
@@ -506,14 +500,9 @@ def answer(run, path):
     model = restore(saved)
     classes = saved["dataset"]["classes"]
     read = common.reader(run, saved, saved.get("mean"), saved.get("scale"))
-
-    def percentages(file):
-        image, report = read(file)
-        q = predict(model, image).softmax(1)
-        return q[0], report
-
     if not path.is_dir():
-        q, report = percentages(path)
+        image, report = read(path)
+        q, = predict(model, image).softmax(1)
         print(report, common.ranking(q, classes), sep="\n")
         return
     files = common.pictures_in(path)
@@ -521,16 +510,17 @@ def answer(run, path):
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(common.columns(["file", "likeliest"], classes))
     failed = 0
-    for file in sorted(map(Path, files)):
+    for file in files:
         try:
-            q, report = percentages(file)
+            image, report = read(file)
         except common.Mistake as error:
             failed += 1
-            print(error, file=sys.stderr)
+            common.say(error)
             continue
-        print(report, file=sys.stderr)
+        common.say(report)
+        q, = predict(model, image).softmax(1)
         numbers = [f"{p:.4f}" for p in q.tolist()]
-        table.writerow([file, classes[int(q.argmax())], *numbers])
+        table.writerow([file, classes[q.argmax()], *numbers])
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
@@ -538,16 +528,16 @@ def one_hot(y, classes):
     return F.one_hot(y, classes).float()
 
 
-def with_hybrids(run, data, rows, inputs, sources) -> dict:
-    """What `train` is given besides labelled images; notes the files that it comes from."""
+def with_hybrids(run, data, rows, inputs):
+    """What `train` is given besides labelled images, and the files that it comes from."""
     import common
     from deform import Deformations
     made = common.load(run, "hybrids", run.device)
-    sources.append(run.out / "hybrids.pt")
-    given = {"made": (made["features" if "features" in made else "images"], made["q"])}
+    sources = [run.out / "hybrids.pt"]
+    given = {"made": (made.get("features", made["images"]), made["q"])}
     if made["settings"]["deform"]:
         saved = common.load(run, "deform", run.device)
-        given["move"] = Deformations.restore(saved, run.device).gently
+        given["move"] = Deformations.restore(saved).gently
     if (data.labels[rows] < 0).any():
         saved = common.load(run, "latent", run.device)
         sources.append(run.out / "latent.pt")
@@ -556,7 +546,7 @@ def with_hybrids(run, data, rows, inputs, sources) -> dict:
         if guessed.any():
             q = saved["hard" if plain else "pseudo"]
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
-    return given
+    return given, sources
 
 
 def command(run, args):
@@ -565,7 +555,6 @@ def command(run, args):
     if args.predict:
         return answer(run, args.predict)
     share = (args.hybrid_fraction[0], args.hybrid_fraction[-1])
-    sources = []                        # the files that the result depends on
     if any(share):
         common.load(run, "vae")         # or a line that says how to make it
     data = common.load_dataset(run)
@@ -575,23 +564,25 @@ def command(run, args):
     labelled = rows[data.labels[rows] >= 0]
     inputs = common.Inputs(data, rows)
     images = inputs[labelled]           # or features
-    steps = args.steps or steps_for(images, len(labelled), len(rows) - len(labelled))
-    given = with_hybrids(run, data, rows, inputs, sources) if any(share) else {}
+    q = one_hot(data.labels[labelled], len(data.classes))
+    steps = args.steps or steps_for(images, unlabelled=len(rows) - len(labelled))
+    given = {}
+    sources = []                        # the files that the result depends on
+    if any(share):
+        given, sources = with_hybrids(run, data, rows, inputs)
     augmentations = [augment] if args.augment else []
     if args.deform:
         saved = common.load(run, "deform", run.device)
-        augmentations.append(Deformations.restore(saved, run.device))
+        augmentations.append(Deformations.restore(saved))
         sources.append(run.out / "deform.pt")
 
-    common.require(args.batch_size % common.RANKS == 0,
-                   f"--batch-size is no multiple of the {common.RANKS} ranks")
     marks = [common.fingerprint(source) for source in sources]
     last = common.Checkpoint(run, "cnn", data, steps, args.resume, made_from=marks)
     model, training = train(
-        images, one_hot(data.labels[labelled], len(data.classes)), run.seed,
-        **given, share=share, augmentations=augmentations, width=args.width, steps=steps,
-        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, amp=run.amp,
-        state=last.state, rank=common.RANK, ranks=common.RANKS)
+        images, q, run.seed, **given, share=share, augmentations=augmentations,
+        width=args.width, steps=steps, batch_size=args.batch_size, lr=args.lr,
+        weight_decay=args.weight_decay, amp=run.amp, state=last.state, rank=common.RANK,
+        ranks=common.RANKS)
     validation = inputs[data.validation]
     for row in training:
         if common.RANK == 0:            # the first rank reports and writes
@@ -605,21 +596,17 @@ def command(run, args):
     if common.RANK > 0:
         return
 
-    guesses = len(given["pseudo_labelled"][1]) if "pseudo_labelled" in given else 0
     q = predict(model, inputs.test(), run.amp).softmax(1)
+    _, guessed = given.get("pseudo_labelled", ([], []))
     metrics = {**common.scores(q, data.test_labels), "history": last.history,
-               "real_images": len(labelled), "pseudo_labelled": guesses}
+               "real_images": len(labelled), "pseudo_labelled": len(guessed)}
     picture = draw(last.history, q.cpu(), data.test_labels.cpu(),
                    common.legible(data.classes))
     common.write(run.out / "cnn.png", picture)
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
                 model=model.cpu().state_dict(), **inputs.fields())
-    if guesses:
-        print(f"{guesses:,} images with a label that was spread, beside:")
-    average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training
-    print(f"{len(labelled):,} real images, {average:.0%} hybrids on average; on {len(q):,} "
-          "test:")
-    print("accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
+    print("{real_images:,} images with a label, {pseudo_labelled:,} with one that was spread\n"
+          "accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))
     print(run.out / "cnn.png", run.out / "cnn.pt", sep="\n")
 

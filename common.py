@@ -1612,6 +1612,8 @@ class Checkpoint:
     """
 
     def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
+        require(run.settings["batch_size"] % RANKS == 0,
+                f"--batch-size is no multiple of the {RANKS} ranks")
         self.path = run.out / f"{name}.last.pt"
         self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
                       "device": run.device.type, "data": data.fingerprint,

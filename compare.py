@@ -90,9 +90,6 @@ USUAL_OF_FEATURES = ["real", "mixup", "pseudo-labels", "mixup+pseudo", "real+hyb
 OF_IMAGES = ["cutmix", "mixup+cutmix", "undeformed hybrid", "cross-faded hybrid",
              "deformed images"] + [name for name, arm in ARMS.items() if arm.augmentation]
 SIZES = [100, 300]
-# What a folder may hold when all steps have run, in their order.
-PICTURES = ("deform.png vae.png latent.png review.png hybrids.png cnn.png compare.png "
-            "summary.png").split()
 AVERAGED = ("balanced_accuracy", "nll", "ece", "scaled_nll", "scaled_ece", "noise")
 # Of Student's t, 97.5%, by degrees of freedom from 1 on.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
@@ -107,15 +104,10 @@ def generator_for(images, seed):
 
 def mixing(name):
     """The mixing that an arm names: (x, q, generator) -> (x, q), or None."""
-    if name == "halves":
-        return cnn.mixup
-    if name == "mixup":                 # of augmented images halves are no better
-        return functools.partial(cnn.mixup, alpha=4.0)
-    if name == "cutmix":
-        return cnn.cutmix
-    if name == "both":
-        return in_turn(cnn.mixup, cnn.cutmix)
-    return None
+    mixes = {"": None, "halves": cnn.mixup, "cutmix": cnn.cutmix,
+             "mixup": functools.partial(cnn.mixup, alpha=4.0),  # here halves are no better
+             "both": in_turn(cnn.mixup, cnn.cutmix)}
+    return mixes[name]
 
 
 def in_turn(*transforms):
@@ -133,7 +125,6 @@ class Unit:
 
     def __init__(self, grid, n: int, seed: int):
         data = grid.data
-        judges = data.validation
         self.of_features = data.features is not None
         self.n = n
         self.seed = seed
@@ -152,12 +143,11 @@ class Unit:
         self.labels = self.y[self.y >= 0]
         # Temperatures are fitted on some validation images; the others may be the judges.
         count = min(1000, (len(data.validation) + 1) // 2)
-        some = latent.subsample(len(data.validation), count).to(judges.device)
-        some = data.validation[some]
+        some = data.validation[latent.subsample(len(data.validation), count)]
         self.fitting = (inputs[some], data.labels[some])
         self.scored = (inputs.test(), data.test_labels)
         if by_validation:
-            others = judges[~torch.isin(judges, some)]
+            others = data.validation[~torch.isin(data.validation, some)]
             self.scored = (inputs[others], data.labels[others])
 
     # The arms share what these make; each is made when it is first asked for.
@@ -189,9 +179,6 @@ class Unit:
 
     def encode(self, images):
         return vae.encode_all(self.model, images, self.recipe["amp"])
-
-    def decode(self, z):
-        return vae.decode_all(self.model, z, self.recipe["amp"])
 
     def posterior_logits(self, images):
         """Logits (M,K) of uint8 images by the latent posterior alone."""
@@ -232,9 +219,10 @@ class Unit:
         """What `cnn.train` is given besides labelled images."""
         known = self.codes.known()
         moves = self.moves if arm.moves and not self.of_features else None
-        places = (self.codes.y >= 0).nonzero()[:, 0]
-        made = hybrids.make(known, self.images[places], self.decode, strategy=arm.strategy,
-                            rule=arm.rule, residual=arm.residual, cut=arm.cut, moves=moves,
+        decode = functools.partial(vae.decode_all, self.model, amp=self.recipe["amp"])
+        labelled = self.images[self.codes.y >= 0]
+        made = hybrids.make(known, labelled, decode, strategy=arm.strategy, rule=arm.rule,
+                            residual=arm.residual, cut=arm.cut, moves=moves,
                             register=arm.register,
                             generator=generator_for(self.images, self.seed))
         given = {"made": (made.x, made.q)}
@@ -264,7 +252,7 @@ def evaluate(logits_of, images, y, validation, validation_y) -> dict:
     row = {**common.scores(logits.softmax(1), y), "temperature": temperature,
            "scaled_nll": scaled["nll"], "scaled_ece": scaled["ece"]}
     if images.dim() == 4:               # noise in features would mean nothing
-        some = latent.subsample(len(y), 2000).to(y.device)
+        some = latent.subsample(len(y), 2000)
         right = logits_of(noisy(images[some])).argmax(1) == y[some]
         row["noise"] = right.float().mean().item()
     return row
@@ -284,20 +272,12 @@ class Grid(NamedTuple):
     data: common.Dataset
     arms: list
     seeds: range
-    recipes: dict                       # n -> settings that a cell depends on
+    recipes: dict                       # n -> settings that a cell depends on; n ascends
     folder: Path                        # of the cells
-
-    def recipe(self) -> dict:
-        """Of any size: what sizes have in common."""
-        return next(iter(self.recipes.values()))
-
-    def pool(self) -> int:
-        """How many images there are to draw subsets from."""
-        return len(self.data.labelled())
 
     def units(self):
         """The largest first: at the end of a grid no core waits long for another."""
-        return list(itertools.product(sorted(self.recipes, reverse=True), self.seeds))
+        return list(itertools.product(reversed(self.recipes), self.seeds))
 
     def mark(self, n, seed, arm) -> str:
         """By which a cell says what it is of."""
@@ -313,9 +293,9 @@ class Grid(NamedTuple):
         """The row of a cell; None where there is none, or it is of other settings."""
         try:
             cell = json.loads(self.cell(n, seed, arm).read_text())
-            return cell["row"] if cell["made_from"] == self.mark(n, seed, arm) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
+        return cell["row"] if cell["made_from"] == self.mark(n, seed, arm) else None
 
     def missing(self, unit) -> list:
         """The arms of a unit that have no cell yet."""
@@ -323,12 +303,9 @@ class Grid(NamedTuple):
 
     def rows(self) -> list:
         """The finished cells, by size, subset and arm."""
-        rows = []
-        for cell in itertools.product(sorted(self.recipes), self.seeds, self.arms):
-            row = self.finished(*cell)
-            if row is not None:
-                rows.append(row)
-        return rows
+        cells = itertools.product(self.recipes, self.seeds, self.arms)
+        rows = [self.finished(*cell) for cell in cells]
+        return [row for row in rows if row]
 
 
 def run_unit(unit, grid: Grid):
@@ -345,20 +322,14 @@ def run_unit(unit, grid: Grid):
     return unit, "; ".join(failed)
 
 
-def start_worker(threads):
-    """A process of the grid: so many threads; Ctrl-C is for its parent."""
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def run_grid(units, work, jobs, threads, progress):
     """work((n, seed)) -> unit, its failures, for all units -> the failures there were."""
     if jobs <= 1:
         return collect(map(work, units), progress)
-    with ProcessPoolExecutor(jobs, torch.multiprocessing.get_context("spawn"), start_worker,
-                             [threads]) as pool:
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, [threads]) as pool:
         try:
-            # Ctrl-C is for the parent, also while the processes begin.
+            # Ctrl-C is for the parent: what begins now ignores it for good.
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             futures = [pool.submit(work, unit) for unit in units]
             signal.signal(signal.SIGINT, before)
@@ -402,31 +373,31 @@ def interval(values):
     return mean, float(half)
 
 
-def summarise(rows, pool=math.inf, base="real"):
-    """One entry per size and arm: mean, interval, paired difference to `base`, in points.
+def summarise(rows, pool=math.inf):
+    """One entry per size and arm: mean, interval, paired difference to `real`, in points.
 
     Where n is over half of the `pool`, subsets are nearly the same images: no interval.
     """
     table = []
-    baseline = {(row["n"], row["seed"]): row for row in rows if row["arm"] == base}
+    real = {(row["n"], row["seed"]): row for row in rows if row["arm"] == "real"}
     for n in sorted({row["n"] for row in rows}):
         for arm in ARMS:
             cells = [row for row in rows if row["n"] == n and row["arm"] == arm]
             if cells:
-                table.append(summary_entry(n, arm, cells, baseline, hollow=2 * n > pool))
+                table.append(summary_entry(n, arm, cells, real, hollow=2 * n > pool))
     return table
 
 
-def summary_entry(n, arm, cells, baseline, hollow):
+def summary_entry(n, arm, cells, real, hollow):
     """What the rows of one size and arm say together."""
     entry = {"n": n, "arm": arm, "subsets": len(cells), "hollow": hollow}
     accuracies = []
     gains = []
     for row in cells:
         accuracies.append(100 * row["accuracy"])
-        pair = baseline.get((n, row["seed"]))
-        if pair is not None and pair["arm"] != arm:
-            gains.append(accuracies[-1] - 100 * pair["accuracy"])
+        pair = real.get((n, row["seed"]))
+        if pair and arm != "real":
+            gains.append(100 * row["accuracy"] - 100 * pair["accuracy"])
     for what, numbers in (("accuracy", accuracies), ("gain", gains)):
         if numbers:
             entry[what], half = interval(numbers)
@@ -512,7 +483,8 @@ def plan(run, args) -> Grid:
     if unlabelled is None:
         unlabelled = len(data.unlabelled()) > 0
     known = common.record_of(run.out, "vae").get("settings", {})
-    seen = data.images if data.features is None else data.features
+    of_features = data.features is not None
+    seen = data.features if of_features else data.images
     recipes = {}
     for n in sizes:
         others = 0
@@ -523,20 +495,17 @@ def plan(run, args) -> Grid:
             "format": common.FORMAT, "data": data.fingerprint, "amp": run.amp,
             "backbone": data.backbone,
             "score": args.score, "unlabelled": unlabelled, "width": args.width,
-            "weight_decay": args.weight_decay, "threads": args.threads or 1,
+            "weight_decay": args.weight_decay, "threads": args.threads,
             "latent_dim": args.latent_dim or known.get("latent_dim", 16),
             "vae_steps": args.vae_steps or vae.steps_for(seen, n + others),
             "steps": args.steps or cnn.steps_for(seen, n, others)}
-    folder = run.out / "cells"
-    folder.mkdir(exist_ok=True)
-    asked = args.arms
-    of_features = data.features is not None
-    if asked is None:
-        asked = USUAL_OF_FEATURES if of_features and unlabelled else USUAL
+    asked = args.arms or (USUAL_OF_FEATURES if of_features and unlabelled else USUAL)
     wrong = [arm for arm in asked if of_features and arm in OF_IMAGES]
     common.require(not wrong, f"features do not move and cannot be cut: no {', '.join(wrong)}")
     arms = [arm for arm in ARMS if arm in asked]        # one order, whatever was typed
     seeds = range(run.seed, run.seed + args.seeds)
+    folder = run.out / "cells"
+    folder.mkdir(exist_ok=True)
     return Grid(data, arms, seeds, recipes, folder)
 
 
@@ -545,23 +514,17 @@ def train_missing(run, args, grid: Grid) -> list:
     # Under torchrun each rank takes every so-manieth unit; ranks never wait for each other.
     units = grid.units()[common.RANK::common.RANKS]
     units = [unit for unit in units if grid.missing(unit)]
-    threads = args.threads or 1
-    jobs = args.jobs
-    if jobs is None:
-        jobs = max(run.cores // threads, 1)
-        if run.device.type == "cuda":   # one process keeps it busy for a part of the time
-            jobs = min(jobs, 4)
-        if run.device.type == "mps":
-            jobs = 1
+    # One process keeps a GPU busy for a part of the time; Apple's serves one only.
+    most = {"cuda": 4, "mps": 1}.get(run.device.type, run.cores)
+    jobs = args.jobs or min(run.cores // args.threads, most)
     work = functools.partial(run_unit, grid=grid)
     progress = common.Progress(len(units), "subsets", args.quiet)
-    return run_grid(units, work, min(jobs, len(units)), threads, progress)
+    return run_grid(units, work, min(jobs, len(units)), args.threads, progress)
 
 
 def curves(left, right, table, rows, grid: Grid):
     """Accuracy versus n, and the paired gain over `real`, on two axes."""
-    seen = {entry["arm"] for entry in table}
-    arms = [arm for arm in ARMS if arm in seen]
+    arms = [arm for arm in ARMS if arm in column(table, "arm")]
     for k, arm in enumerate(arms):
         side = 1 + 0.03 * (k - (len(arms) - 1) / 2)    # side by side, not on top of each other
         dots = [row for row in rows if row["arm"] == arm]
@@ -571,12 +534,11 @@ def curves(left, right, table, rows, grid: Grid):
         draw_arm(left, arm, entries, "accuracy", side)
         draw_arm(right, arm, entries, "gain", side)
     right.axhline(0, color="black", lw=0.8)
-    recipe = grid.recipe()
+    recipe, *_ = grid.recipes.values()
     all_seen = recipe["unlabelled"]
     images = "labelled images" if all_seen else "real images"
     name, = common.legible([grid.data.name])
-    common.tidy(left, f"How accurate? ({name})", images,
-                f"{recipe['score']} accuracy, %")
+    common.tidy(left, f"How accurate? ({name})", images, f"{recipe['score']} accuracy, %")
     common.tidy(right, "How much better than real images alone?", images,
                 "paired difference, points")
     sizes = np.unique(column(table, "n"))
@@ -591,10 +553,9 @@ def curves(left, right, table, rows, grid: Grid):
 def arm_look(arm) -> dict:
     """One look per arm, whichever are compared."""
     place = list(ARMS).index(arm)
-    again = place // 10                 # how often its colour was used before
-    look = dict(color=common.COLOURS[place % 10],
-                marker=common.MARKERS[(place + 3 * again) % 10],
-                ls=("-", "--", ":", "-.")[(place + again) % 4], lw=1.3)
+    # Ten colours, nine marks and four lines: no two arms have the same.
+    look = dict(color=common.COLOURS[place % 10], marker=common.MARKERS[place % 9],
+                ls=("-", "--", ":", "-.")[place % 4], lw=1.3)
     if arm == "real+hybrid":
         look.update(ls="-", lw=2.5)
     return look
@@ -617,10 +578,9 @@ def draw_arm(axes, arm, entries, what, side):
 
 def caption(table, all_seen) -> str:
     """What dots, bars and hollow marks are."""
-    counts = np.unique(column(table, "subsets"))
-    subsets = " to ".join(str(count) for count in counts[[0, -1]])
-    if len(counts) == 1:
-        subsets = str(counts[0])
+    counts = column(table, "subsets")
+    least, most = counts.min(), counts.max()
+    subsets = f"{least}" if least == most else f"{least} to {most}"
     parts = [f"{subsets} subsets, each a dot", "bars: 95% t intervals"]
     if column(table, "hollow").any():
         parts.append("hollow: over half of the pool, no interval")
@@ -631,20 +591,17 @@ def caption(table, all_seen) -> str:
 
 def summary(run, table, rows, grid: Grid):
     """The run on one sheet: map, hybrids, curves; None where the chain has not run."""
-    facts = grid.data.facts()
     try:
         codes = common.load(run, "latent")
         made = common.load(run, "hybrids")
     except common.Mistake:
         return None
-    if codes["dataset"]["fingerprint"] != facts["fingerprint"]:
-        return None                     # of other images
     sheet = common.figure(16, 11)
     top, bottom = sheet.subfigures(2, 1, height_ratios=[1.15, 1])
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.25])
     sheet.suptitle("Do hybrid images help?  " + "\n".join(answers(table)), fontsize=12,
                    fontweight="bold")
-    classes = common.legible(facts["classes"])
+    classes = common.legible(grid.data.classes)
     hybrids.gallery(right, made["images"], made["q"], classes, 3, 6)
     curves(*bottom.subplots(1, 2), table, rows, grid)
     latent.draw_map(left.subplots(), codes["mu"], codes["y"], classes,
@@ -653,17 +610,15 @@ def summary(run, table, rows, grid: Grid):
     return sheet
 
 
-def report(table, balanced):
-    """The closing table, with balanced accuracy where classes differ in size."""
-    extra = f"{'balanced, %':>14}" if balanced else ""
-    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{extra}{'NLL':>8}{'ECE':>7}"
+def report(table):
+    """The closing table."""
+    print(f"{'n':>6}  {'arm':22}{'accuracy, %':>14}{'balanced, %':>14}{'NLL':>8}{'ECE':>7}"
           f"{'gain over real':>16}")
     for entry in table:
         accuracy = plus_minus(entry, "accuracy")
-        line = f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}"
-        if balanced:
-            line += f"{100 * entry['balanced_accuracy']:14.1f}"
-        line += f"{entry['nll']:8.3f}{entry['ece']:7.3f}"
+        balanced = 100 * entry["balanced_accuracy"]
+        line = (f"{entry['n']:6,}  {entry['arm']:22}{accuracy:>14}{balanced:14.1f}"
+                f"{entry['nll']:8.3f}{entry['ece']:7.3f}")
         if "gain" in entry:
             gain = plus_minus(entry, "gain", "+")
             line += f"{gain:>16}  {verdict(entry['gain'], entry['gain_half'])}"
@@ -676,7 +631,7 @@ def publish(run, grid: Grid, failed):
     for reason in failed:
         print(f"failed: {reason}", file=sys.stderr)
     common.require(rows, "there is no finished cell")
-    table = summarise(rows, grid.pool())
+    table = summarise(rows, len(grid.data.labelled()))
     lines = [row.values() for row in rows]
     common.write(run.out / "compare.csv", [rows[0].keys(), *lines])
     fig = common.figure(13, 5.6)
@@ -692,9 +647,9 @@ def publish(run, grid: Grid, failed):
         "recipes": grid.recipes, "settings": run.settings, "failed": failed, "summary": table,
         "rows": rows, "versions": common.versions()})
 
-    report(table, uneven(grid.data.test_labels))
+    report(table)
     print(run.out / "compare.csv", run.out / "compare.json", sep="\n")
-    pictures = [name for name in PICTURES if (run.out / name).exists()]
+    pictures = sorted(path.name for path in run.out.glob("*.png"))
     print(f"pictures in {run.out}:", *pictures)
     print(*answers(table), sep="\n")
     if failed:
@@ -702,19 +657,11 @@ def publish(run, grid: Grid, failed):
     common.require(not failed, f"{len(failed)} subsets are incomplete; run it again")
 
 
-def uneven(y) -> bool:
-    """Are the classes of such different sizes that accuracy alone misleads?"""
-    counts = y.unique(return_counts=True)[1]
-    return bool(counts.max() > 1.5 * counts.min())
-
-
 def command(run, args):
     grid = plan(run, args)
     if args.gather:
-        failed = []
-        for n, seed in grid.units():
-            if grid.missing((n, seed)):
-                failed.append(f"n={n} subset {seed}: not finished")
+        failed = [f"n={n} subset {seed}: not finished" for n, seed in grid.units()
+                  if grid.missing((n, seed))]
     else:
         failed = train_missing(run, args, grid)
     if common.RANKS > 1:
@@ -726,10 +673,6 @@ def command(run, args):
 
 
 def main(argv=None) -> int:
-    # So is a script of the user's called that a process of ours imports once more.
-    if sys.modules["__main__"].__name__ == "__mp_main__":
-        raise SystemExit("compare.py: its processes import your script; call main() below "
-                         "`if __name__ == \"__main__\":`")
     return common.run_script(command, parse_args(argv))
 
 

@@ -66,8 +66,7 @@ class Deformations:
         y = as_labels(y, len(images))
         order = torch.randperm(len(images), device=images.device, generator=generator)
         rows = order[:most]
-        x = as_input(images[rows]).mean(1, keepdim=True)            # where, not which colour
-        x = small(x)
+        x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
         _, y = y[rows].unique(return_inverse=True)      # 0..K-1, whatever they were
         i, j = same_class_pairs(y, generator)
         v = register(x[i], x[j])
@@ -82,11 +81,9 @@ class Deformations:
         return cls(square_root(v), *images.shape[2:], best.strength, bool(mirror), means)
 
     @classmethod
-    def restore(cls, saved: dict, device="cpu"):
+    def restore(cls, saved: dict):
         """The deformations of a loaded deform.pt."""
-        deform = cls(**saved["deformations"])
-        deform.directions = deform.directions.to(device)
-        return deform
+        return cls(**saved["deformations"])
 
     def fields(self) -> dict:
         """As plain tensors and numbers: Deformations(**fields) does the same."""
@@ -95,10 +92,10 @@ class Deformations:
 
     def words(self) -> str:
         """What it does, for people."""
-        mirrored = ", mirrored or not" if self.mirror else ""
+        words = "no deformations"
         if self.strength > 0:
-            return f"deformations of strength {self.strength:g}{mirrored}"
-        return f"no deformations{mirrored}"
+            words = f"deformations of strength {self.strength:g}"
+        return f"{words}, mirrored or not" if self.mirror else words
 
     def flow(self, w):
         """w (B,R) -> flows (B,H,W,2)."""
@@ -108,14 +105,11 @@ class Deformations:
 
     def sample(self, count, generator):
         """Random flows (count,H,W,2)."""
-        rank = self.directions.shape[1]
-        device = self.directions.device
-        return self.flow(torch.randn(count, rank, device=device, generator=generator))
+        size = (count, self.directions.shape[1])
+        return self.flow(torch.randn(size, device=self.directions.device, generator=generator))
 
     def __call__(self, x, q, generator, share=1.0):
         """x (B,C,H,W) in [0,1], q (B,K) -> a `share` of the images deformed, q as it is."""
-        if len(x) == 0:                 # a batch may hold none of a kind
-            return x, q
         if x.shape[2:] != (self.height, self.width):
             raise ValueError(f"images {tuple(x.shape)}; these deformations were learned from "
                              f"images of {self.height}x{self.width} pixels")
@@ -176,14 +170,14 @@ def as_labels(y, count):
 
 
 def as_input(images):
-    """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
+    """uint8 or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Raises ValueError for other ranges; uint8 needs no look.
+    Raises ValueError for other ranges.
     """
     x = images.float()
-    if not images.is_floating_point():
+    if images.dtype == torch.uint8:
         x = x / 255
-    if images.dtype != torch.uint8 and len(x):
+    elif len(x):
         low, high = x.aminmax()
         if not (low >= 0 and high <= 1):                # NaN fails, too
             raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], "
@@ -194,9 +188,8 @@ def as_input(images):
 @functools.lru_cache(maxsize=16)        # of each size they are asked for again and again
 def flow_functions(height, width, device=None):
     """What flows are sums of (28,H,W): x, y, 1, and a smooth bump for each node of a grid."""
-    down = places_along(height, device)
-    right = places_along(width, device)
-    y, x = torch.meshgrid(down, right, indexing="ij")
+    y, x = torch.meshgrid(places_along(height, device), places_along(width, device),
+                          indexing="ij")
     affine = torch.stack([x, y, torch.ones_like(x)])
     nodes = torch.eye(NODES ** 2, device=device)        # one image a node, 1 there and 0 else
     nodes = nodes.view(-1, 1, NODES, NODES)
@@ -282,8 +275,7 @@ def register(target, moving, steps=60):
         source = blur(F.avg_pool2d(moving, scale), sigma)
         goal = blur(F.avg_pool2d(target, scale), sigma)
         for _ in range(steps // len(LEVELS)):
-            for group in optimiser.param_groups:
-                group["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
+            optimiser.param_groups[0]["lr"] = 0.03 * min(1, 2 - 2 * step / steps)
             seen = warp(source, flow_of(v, *source.shape[2:]))
             error = (seen - goal).square().mean((1, 2, 3))
             optimiser.zero_grad()
@@ -348,8 +340,7 @@ def square_root(v):
 
 def same_class_pairs(y, generator, each=10, most=3000):
     """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
-    share = math.ceil(most / max(len(y), 1))
-    each = min(each, share, len(y))
+    each = min(each, len(y), math.ceil(most / max(len(y), 1)))
     alike = (y[:, None] == y).fill_diagonal_(False)
     numbers = torch.rand(alike.shape, device=y.device, generator=generator)
     # Random numbers lie in [0, 1): with 1 added, one's own class comes before the others.
@@ -360,8 +351,8 @@ def same_class_pairs(y, generator, each=10, most=3000):
     return i[kept], j[kept]
 
 
-def held_out_losses(x, y, i, j, v, generator, splits=10, most=150) -> dict:
-    """How well does half of the images, deformed, predict the other half?
+def held_out_losses(x, y, i, j, v, generator, splits=10, most=150, copies=10) -> dict:
+    """How well do deformed copies of half of the images predict the other half?
 
     x (N,1,H,W) in [0,1], y (N,), flows v of the pairs i, j. -> of each Choice the NLL in nats
     per image, a number for each of random halves. Of a half only flows of pairs inside it
@@ -375,7 +366,7 @@ def held_out_losses(x, y, i, j, v, generator, splits=10, most=150) -> dict:
             inside = half[i] & half[j]
             if not inside.any():
                 continue
-            known = half.nonzero()[:most, 0]
+            known = half.nonzero()[:most, 0].repeat(copies)
             asked = (~half).nonzero()[:most, 0]
             directions = square_root(v[inside])
             # The random numbers are the same for each choice: nothing else differs.
@@ -383,27 +374,19 @@ def held_out_losses(x, y, i, j, v, generator, splits=10, most=150) -> dict:
             for choice in losses:
                 generator.set_state(state)
                 deform = Deformations(directions, *x.shape[2:], *choice)
-                losses[choice].append(held_out_nll(x, y, known, asked, deform, generator))
+                seen, _ = deform(x[known], None, generator)
+                losses[choice].append(kernel_nll(seen, y[known], x[asked], y[asked]))
     # Where no half has a pair, every choice is as good.
     return {choice: torch.tensor(loss or [0.0]) for choice, loss in losses.items()}
 
 
-def held_out_nll(x, y, known, asked, deform, generator, copies=10):
-    """NLL of `asked` images, predicted from deformed copies of `known` ones."""
-    rows = known.repeat(copies)
-    seen, _ = deform(x[rows], None, generator)
-    return kernel_nll(seen, y[rows], x[asked], y[asked])
-
-
 def random_half(y, generator):
     """(N,) bool: half of each class, at random; of an odd one the smaller half."""
-    shuffled = torch.randperm(len(y), device=y.device, generator=generator)
-    order = shuffled[y[shuffled].argsort(stable=True)]              # by class
-    counts = y.bincount()
-    start = (counts.cumsum(0) - counts)[y[order]]
-    place = torch.arange(len(y), device=y.device) - start
-    half = torch.empty(len(y), dtype=torch.bool, device=y.device)
-    half[order] = place < counts[y[order]] // 2
+    order = torch.randperm(len(y), device=y.device, generator=generator)
+    half = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for c in y.unique():
+        rows = order[y[order] == c]
+        half[rows[:len(rows) // 2]] = True
     return half
 
 
@@ -436,12 +419,21 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def draw(images, y, deform, generator):
-    """What held-out images said, images deformed, and two of a class in register."""
+def draw(images, deform):
+    """What held-out images said, and images deformed."""
     import common
-    fig = common.figure(13, 4.2)
-    said, moves, meet = fig.subplots(1, 3, width_ratios=[1.1, 1, 1])
-    draw_losses(said, deform)
+    generator = torch.Generator(images.device).manual_seed(0)
+    fig = common.figure(10, 4.2)
+    said, moves = fig.subplots(1, 2, width_ratios=[1.1, 1])
+    strengths = [choice.strength for choice in STRENGTHS]
+    nll = [deform.losses[choice] for choice in STRENGTHS]
+    common.tidy(said, "How strongly may they move?",
+                "strength of the deformations", "held-out loss, nats per image")
+    said.plot(strengths, nll, "-o", color=common.COLOURS[0], label="deformed")
+    said.plot(0, deform.losses[MIRRORED], "s", color=common.COLOURS[2],
+              label="mirrored or not")
+    said.axvline(deform.strength, color="black", lw=0.8, label="what was chosen")
+    said.legend(frameon=False)
 
     still = as_input(images[common.spaced(len(images), 8)])
     moved, _ = deform(still.repeat_interleave(7, 0), None, generator)
@@ -449,41 +441,7 @@ def draw(images, y, deform, generator):
     common.tidy(moves, "What do they become?")
     common.show_images(moves, rows.flatten(0, 1), 8,
                        f"a training image, then {deform.words()}")
-
-    i, j = same_class_pairs(y, generator, each=1)
-    pairs = common.spaced(len(i), min(len(i), 8))
-    common.tidy(meet, "What brings them together?")
-    if len(pairs) == 0:
-        meet.set_axis_off()
-        return fig
-    first = as_input(images[i[pairs]])
-    second = as_input(images[j[pairs]])
-    morph = Morph(first, second)
-    every = torch.arange(len(pairs), device=images.device)
-    columns = []
-    for step in torch.linspace(1, 0, 7, device=images.device):
-        t = step.expand(len(pairs))
-        a, b = morph(first, second, every, t)
-        columns.append(step * a + (1 - step) * b)
-    common.show_images(meet, torch.stack(columns, 1).flatten(0, 1), 7,
-                       "from one image to another of its class, both in register")
     return fig
-
-
-def draw_losses(axes, deform):
-    """The held-out loss of each strength, and that of mirror images."""
-    import common
-    strengths = [choice.strength for choice in STRENGTHS]
-    nll = [deform.losses[choice] for choice in STRENGTHS]
-    common.tidy(axes, "How strongly may they move?",
-                "strength of the deformations", "held-out loss, nats per image")
-    axes.plot(strengths, nll, "-o", ms=5, color=common.COLOURS[0], label="deformed")
-    axes.plot(0, deform.losses[MIRRORED], "s", ms=7, mfc="none", color=common.COLOURS[2],
-              label="mirrored or not")
-    axes.plot(deform.strength, deform.losses[Choice(deform.strength)], "o", ms=11,
-              mfc="none", color="black", label="what was chosen")
-    axes.set_xticks(strengths)
-    axes.legend(frameon=False)
 
 
 def command(run, args):
@@ -496,15 +454,13 @@ def command(run, args):
     rows = common.training_rows(data, run)
     rows = rows[data.labels[rows] >= 0]
     images = data.images[rows]
-    y = data.labels[rows]
     generator = torch.Generator(run.device).manual_seed(run.seed)
-    deform = Deformations.fit(images, y, generator)
+    deform = Deformations.fit(images, data.labels[rows], generator)
 
     losses = [{**choice._asdict(), "nll": loss} for choice, loss in deform.losses.items()]
     metrics = {"images": len(rows), "strength": deform.strength, "mirror": deform.mirror,
                "losses": losses}
-    picture = draw(images, y, deform, torch.Generator(run.device).manual_seed(run.seed))
-    common.write(run.out / "deform.png", picture)
+    common.write(run.out / "deform.png", draw(images, deform))
     common.save(run.out / "deform.pt", run, data, metrics, deformations=deform.fields())
     print(f"what one of {len(rows):,} labelled images may become: {deform.words()}, as "
           "held-out images decided")

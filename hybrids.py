@@ -539,7 +539,7 @@ def command(run, args):
     sources = [run.out / "vae.pt", run.out / "latent.pt"]
     moves = None
     if args.deform and not of_features:
-        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+        moves = Deformations.restore(common.load(run, "deform", run.device))
         sources.append(run.out / "deform.pt")
     run.settings["deform"] = moves is not None          # cnn.py moves real images, too
     codes = Codes.restore(saved).known()

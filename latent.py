@@ -1063,7 +1063,7 @@ def command(run, args):
     if data.features is not None:
         places = model.project(images)
     elif (data.labels[rows] < 0).any():
-        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+        moves = Deformations.restore(common.load(run, "deform", run.device))
     if (data.labels[rows] < 0).any():
         common.say(f"spreading labels among {len(rows):,} images")
     codes = embed(mu, logvar, rows, data.labels[rows], classes, places, images, moves)

@@ -1393,8 +1393,7 @@ def test_beta_has_its_mean_and_its_variance(alpha):
     (1, cnn.augment, {}, cnn.affine, (15, 0.15, 0.1, 0.15, 0.0)),
     (3, cnn.augment, {}, cnn.flip_crop, ()),
     (3, cnn.elastic, {}, cnn.flip_crop, ()),
-    (1, cnn.elastic, {}, cnn.affine, (11.25, 0.1125, 0.075, 0.1125, 1.5)),
-    (1, cnn.elastic, {"scale": 0.5, "bend": 2.0}, cnn.affine, (7.5, 0.075, 0.05, 0.075, 2.0))])
+    (1, cnn.elastic, {}, cnn.affine, (11.25, 0.1125, 0.075, 0.1125, 1.5))])
 def test_what_is_done_to_grey_and_to_colour(channels, found, how, wanted, numbers):
     x = torch.rand(8, channels, 16, 16, generator=seeded())
     first, q = found(x, torch.eye(8), seeded(), **how)
@@ -2312,13 +2311,12 @@ def test_labels_are_spread_and_hybrids_made_of_any_floats(strategy, dtype):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.half, torch.bfloat16, torch.int16,
-                                   torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.half, torch.bfloat16])
 def test_images_of_any_kind_of_number_are_read_alike(dtype):
     x, _ = easy(9)
     model, _, _ = tiny_training(vae)
     classifier, _, _ = tiny_training(cnn)
-    others = (x / 255).to(dtype) if dtype.is_floating_point else x.to(dtype)
+    others = (x / 255).to(dtype)
     for answer in (functools.partial(vae.encode_all, model),
                    functools.partial(cnn.predict, classifier), deform.coarse):
         close(answer(others), answer(x), atol=0.01, rtol=0)
@@ -2345,20 +2343,6 @@ REFUSED = r"images span \S+ to \S+; wanted floats in .0, 1., or uint8"
 def test_images_outside_their_range_are_refused(ask, spoil):
     with pytest.raises(ValueError, match=REFUSED):
         ask(spoil(easy(9)[0]))
-
-
-@OUTSIDE
-def test_a_vae_is_not_trained_on_images_outside_their_range_not_even_when_resumed(spoil):
-    images = spoil(easy(9)[0]).float()
-    half = next(tiny_training(vae)[2])["state"]
-    for state in (None, half):
-        model, _, _ = tiny_training(vae)
-        before = half["model"] if state else tiny_training(vae)[0].state_dict()
-        rows = vae.fit(model, lambda generator: images, steps=12, state=state,
-                       generator=seeded())
-        with pytest.raises(ValueError, match=REFUSED):
-            next(rows)
-        assert same(before, model.state_dict())
 
 
 # ---- each file by itself --------------------------------------------------------------------
@@ -3524,7 +3508,6 @@ def test_a_summary_pairs_the_rows_of_one_subset_whatever_their_order():
     assert entry["gain_half"] == approx(12.706 * 5, rel=1e-3)
     assert summed_up(SMALL[::-1]) == table
     assert "gain" not in table[10, "real"]
-    assert summed_up(LARGE, base="mixup")[20, "real+hybrid"]["gain"] == approx(-20)
     alone = summed_up(cells(30, "mixup", [0.5]))[30, "mixup"]
     assert alone["accuracy_half"] is None
     assert "gain" not in alone
@@ -3557,16 +3540,12 @@ def test_the_answer_is_a_sentence_a_size_whose_verdict_needs_an_interval_without
         assert not compare.answers(compare.summarise(cells(10, arm, [0.5, 0.6])))
 
 
-@pytest.mark.parametrize("counts, wanted", [
-    ([10, 10, 10], False), ([10, 12, 15], False), ([10, 12, 16], True), ([1, 40], True)])
-def test_balanced_accuracy_is_shown_where_classes_are_of_unequal_size(counts, wanted, capsys):
-    y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    assert compare.uneven(y) is wanted
+def test_balanced_accuracy_is_shown_beside_accuracy(capsys):
     rows = cells(10, "real", [0.5, 0.7])
     rows[0]["balanced_accuracy"] = 0.124
-    compare.report(compare.summarise(rows), wanted)
+    compare.report(compare.summarise(rows))
     head, line = capsys.readouterr().out.splitlines()
-    assert ("balanced" in head, " 31.2 " in line) == (wanted, wanted)
+    assert "balanced" in head and " 31.2 " in line
 
 
 # ---- evaluation -----------------------------------------------------------------------------
@@ -4093,9 +4072,7 @@ def test_the_figures_of_hybrids_are_made_of_their_percentages(seen):
                         "= {test[negative_elbo]:.1f} nats"]),
     ("vae --steps 30 --beta 1000", ["the latent space has collapsed"]),
     ("hybrids --count 50", ["move by {moved:.1%} on average", "{mixed:.0%} of them"]),
-    ("cnn --steps 3", ["179 real images, 62% hybrids on average", "accuracy {accuracy:.2%}"]),
-    ("cnn --steps 3 --hybrid-fraction 0 1", ["38% hybrids"]),
-    ("cnn --steps 3 --hybrid-fraction 0", [", 0% hybrids"])])
+    ("cnn --steps 3", ["179 images with a label, 0 with one", "accuracy {accuracy:.2%}"])])
 def test_a_script_says_what_its_file_says(bare, capsys, words, wanted):
     script, *words = words.split()
     assert run(script, "-o", bare, *words) == 0
@@ -4111,9 +4088,8 @@ def test_a_script_says_what_its_file_says(bare, capsys, words, wanted):
 
 def test_pictures_are_drawn_of_what_the_files_hold(seen):
     files = seen.files
-    images, y, moves, _ = seen.drawn["deform"]
+    images, moves = seen.drawn["deform"]
     assert torch.equal(images, seen.images)
-    assert torch.equal(y, seen.labels)
     assert (moves.strength, moves.mirror) == (0.5, True)
     history, model, *_ = seen.drawn["vae"]
     assert history == files["vae"]["metrics"]["history"]
@@ -4451,7 +4427,7 @@ def test_a_folder_with_the_whole_chain_gets_a_summary_and_others_lose_theirs(bar
     words = [*STEMS["compare"], "--arms", "real"]
     compared(bare, *words)
     assert Image.open(bare / "summary.png").width > 1000
-    wanted = "deform.png vae.png latent.png hybrids.png cnn.png compare.png summary.png"
+    wanted = "cnn.png compare.png deform.png hybrids.png latent.png summary.png vae.png"
     assert f"pictures in {bare}: {wanted}" in capsys.readouterr().out
     (bare / "latent.pt").unlink()       # an old picture is of other cells
     compared(bare, *words)
@@ -5624,7 +5600,8 @@ def test_make_quick_twice_on_a_small_folder_with_unlabelled_pictures(tree):
     assert {"latent.csv", "review.csv", "compare.json", "compare.csv"} <= files
     assert not unfinished(out)
     *_, where, answer = first.rstrip().splitlines()
-    assert where == f"pictures in runs/quick: {' '.join(compare.PICTURES)}"
+    pictures = sorted(file for file in files if file.endswith(".png"))
+    assert where == f"pictures in runs/quick: {' '.join(pictures)}"
     assert re.fullmatch(r"10 images: hybrids change accuracy by .* points \(2 subsets\): .*",
                         answer)
     assert facts_of(out, "compare")["recipes"]["10"]["unlabelled"]

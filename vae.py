@@ -68,10 +68,9 @@ class VAE(nn.Module):
 
     def logits(self, z):
         """z (B,D) -> logits (B,C,H,W), float32."""
-        padded = self.decoder(z)
         height = self.config["height"]
         width = self.config["width"]
-        return padded[..., :height, :width].float()
+        return self.decoder(z)[..., :height, :width].float()
 
     def decode(self, z):
         """z (B,D) -> images in [0,1] (B,C,H,W), float32."""
@@ -128,11 +127,8 @@ class FeatureVAE(nn.Module):
 
     def encode(self, x):
         """x (B,F) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
-        return self.code(self.project(x))
-
-    def code(self, projected):
-        """As `encode`, of what `project` makes."""
-        mu, logvar = self.encoder(projected).float().chunk(2, dim=1)
+        code = self.encoder(self.project(x)).float()
+        mu, logvar = code.chunk(2, dim=1)
         return mu, logvar.clamp(-10, 10)
 
     def decode(self, z):
@@ -141,10 +137,9 @@ class FeatureVAE(nn.Module):
 
     def forward(self, x, generator=None):
         """x (B,F) -> reconstruction and KL as of VAE; nats per row."""
-        projected = self.project(x)
-        mu, logvar = self.code(projected)
+        mu, logvar = self.encode(x)
         mean = self.decoder(draw_code(mu, logvar, generator)).float()
-        square = (projected - mean).square()
+        square = (self.project(x) - mean).square()
         log_variance = self.log_variance.clamp(min=-6)  # few rows could be learnt by heart
         nats = 0.5 * (square / log_variance.exp() + log_variance + LOG_2PI)
         return nats.sum() / len(x), divergence(mu, logvar)
@@ -178,7 +173,7 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 
 def steps_for(images, n=None) -> int:
     """Optimiser steps that n images like these are worth."""
-    n = len(images) if n is None else n
+    n = n or len(images)
     if n <= 1000:
         return 600
     if images.dim() == 2:               # features take no more
@@ -213,31 +208,26 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
     A row holds step, reconstruction, kl (nats per image, means of the round),
     images_per_second and "state": given back as `state`, it resumes the run exactly.
     `momentum` is Adam's beta_1.
-    Raises FloatingPointError, naming the steps, when the loss is not finite any more;
-    ValueError where x is outside [0, 1].
+    Raises FloatingPointError, naming the steps, when the loss is not finite any more.
     """
     device = next(model.parameters()).device
     optimiser = torch.optim.Adam(model.parameters(), lr, betas=(momentum, 0.99), fused=True)
     first = 0
     if state:
-        state = copy.deepcopy(state)    # the optimiser would go on in the caller's tensors
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state["optimiser"]})
+        # A copy: it would go on in the caller's tensors.
+        optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         generator.set_state(state["generator"])
         first = state["step"]
-    begin = first
-    ends = {math.ceil(steps * (i + 1) / rounds) for i in range(rounds)}
-    for end in sorted(ends):
+    for i in range(rounds):
+        end = math.ceil(steps * (i + 1) / rounds)
         if end <= first:
             continue
         sums = torch.zeros(2, device=device)
         start = time.perf_counter()
         for step in range(first, end):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             x = next_batch(generator)
-            if step == begin:           # once only: a GPU waits for it
-                check_range(x)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 reconstruction, kl = model(x, generator)
             optimiser.zero_grad()
@@ -252,7 +242,7 @@ def fit(model, next_batch, *, steps, generator, lr=3e-3, momentum=0.9, beta=1, r
         yield {"step": end, "reconstruction": reconstruction, "kl": kl,
                "images_per_second": len(x) * (end - first) / seconds,
                "state": copy.deepcopy({"step": end, "model": model.state_dict(),
-                                       "optimiser": optimiser.state_dict()["state"],
+                                       "optimiser": optimiser.state_dict(),
                                        "generator": generator.get_state()})}
         first = end
 
@@ -267,8 +257,7 @@ def train_painter(z, images, seed=0, amp=False, steps=500, batch_size=64, lr=3e-
     optimiser = torch.optim.Adam(painter.decoder.parameters(), lr, betas=(0.9, 0.99))
     generator = torch.Generator(z.device).manual_seed(seed)
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+        optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         rows = torch.randint(len(z), (batch_size,), device=z.device, generator=generator)
         with torch.autocast(z.device.type, torch.bfloat16, enabled=amp):
             logits = painter.logits(z[rows])
@@ -289,26 +278,21 @@ def batches(images, size):
 
 
 def as_input(images):
-    """Integers in [0,255] or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
+    """uint8 or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Features (B,F) -> float32. Raises ValueError for other ranges; uint8 needs no look.
+    Features (B,F) -> float32. Raises ValueError for other ranges.
     """
     x = images.float()
     if x.dim() == 2:
         return x
-    if not images.is_floating_point():
+    if images.dtype == torch.uint8:
         x = x / 255
-    if images.dtype != torch.uint8:
-        check_range(x)
+    else:
+        low, high = x.aminmax()
+        if not (low >= 0 and high <= 1):                # NaN fails, too
+            raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], "
+                             "or uint8")
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def check_range(x):
-    if x.dim() == 2:                    # features may be any numbers
-        return
-    low, high = x.aminmax()
-    if not (low >= 0 and high <= 1):    # NaN fails, too
-        raise ValueError(f"images span {low:g} to {high:g}; wanted floats in [0, 1], or uint8")
 
 
 @torch.no_grad()
@@ -335,10 +319,9 @@ def evaluate(model, images, *, generator, amp=False, batch=1000):
     """Reconstruction and KL, nats per image, of images as `as_input` accepts; one z each."""
     sums = torch.zeros(2, device=images.device)
     for chunk in images.split(batch):
-        x = as_input(chunk)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            terms = model(x, generator)
-        sums += torch.stack(terms) * len(x)             # the last chunk may be smaller
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            terms = model(as_input(chunk), generator)
+        sums += torch.stack(terms) * len(chunk)         # the last one may be smaller
     reconstruction, kl = (sums / len(images)).tolist()
     return {"reconstruction": reconstruction, "kl": kl, "negative_elbo": reconstruction + kl}
 
@@ -371,10 +354,10 @@ def draw(history, model, codes, images, amp, generator):
     curve, recon, prior = fig.subplots(1, 3, width_ratios=[1.25, 1, 1])
     steps = [row["step"] for row in history]
     common.tidy(curve, "Is it still learning?", "step", "negative ELBO, nats per image")
-    curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o", ms=4,
+    curve.plot(steps, [row["reconstruction"] + row["kl"] for row in history], "-o",
                color=common.COLOURS[0], label="training batches")
     if "validation" in history[0]:
-        curve.plot(steps, [row["validation"] for row in history], "--s", ms=4,
+        curve.plot(steps, [row["validation"] for row in history], "--s",
                    color=common.COLOURS[2], label="validation images")
     curve.legend(frameon=False)
 
@@ -386,8 +369,7 @@ def draw(history, model, codes, images, amp, generator):
     common.show_images(recon, rows.flatten(0, 2), 8,
                        "rows in turn: test images, their reconstructions")
 
-    dim = model.config["latent_dim"]
-    z = torch.randn(64, dim, device=x.device, generator=generator)
+    z = torch.randn(64, codes.shape[1], device=x.device, generator=generator)
     common.tidy(prior, "What does it imagine?")
     common.show_images(prior, decode_all(model, z, amp), 8, "decoded points from N(0, I)")
     return fig
@@ -399,19 +381,10 @@ def command(run, args):
     if args.sizes:
         common.fit_sizes(args.sizes, True, len(data.labelled()))
     rows = common.training_rows(data, run)
-    common.require(args.batch_size % common.RANKS == 0,
-                   f"--batch-size is no multiple of the {common.RANKS} ranks")
     inputs = common.Inputs(data, rows)
     images = inputs[rows]               # or features
     validation = inputs[data.validation]
     steps = args.steps or steps_for(images)
-
-    def score(part):
-        """The ELBO of at most 10,000 images, the same noise every time."""
-        fresh = torch.Generator(run.device).manual_seed(run.seed + 1)
-        some = common.spaced(len(part), min(len(part), 10_000))
-        return evaluate(model, part[some], generator=fresh, amp=run.amp)
-
     last = common.Checkpoint(run, "vae", data, steps, args.resume)
     model, training = train(images, run.seed, latent_dim=args.latent_dim, steps=steps,
                             batch_size=args.batch_size, beta=args.beta, lr=args.lr,
@@ -421,13 +394,13 @@ def command(run, args):
         if common.RANK == 0:            # the first rank reports and writes
             words = f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats"
             if len(validation):
-                row["validation"] = score(validation)["negative_elbo"]
+                row["validation"] = score(model, validation, run)["negative_elbo"]
                 words += f" ({row['validation']:.1f} on validation)"
             last.keep(row, words)
     if common.RANK > 0:
         return
 
-    metrics = {"train": score(images), "test": score(inputs.test()),
+    metrics = {"train": score(model, images, run), "test": score(model, inputs.test(), run),
                "history": last.history}
     painter = model
     content = inputs.fields()
@@ -442,16 +415,26 @@ def command(run, args):
     common.write(run.out / "vae.png", picture)
     common.save(run.out / "vae.pt", run, data, metrics, config=model.config, rows=rows.cpu(),
                 model=model.cpu().state_dict(), **content)
-    without = int((data.labels[rows] < 0).sum())
-    if without:
-        print(f"learnt from {len(rows) - without:,} images with a label, {without:,} without")
+    report(metrics)
+    print(run.out / "vae.png", run.out / "vae.pt", sep="\n")
+
+
+def score(model, images, run) -> dict:
+    """The ELBO of at most 10,000 images, the same noise every time."""
+    import common
+    fresh = torch.Generator(run.device).manual_seed(run.seed + 1)
+    some = common.spaced(len(images), min(len(images), 10_000))
+    return evaluate(model, images[some], generator=fresh, amp=run.amp)
+
+
+def report(metrics):
+    """Reconstruction and KL of training and of test images."""
     for part in ("train", "test"):
         print("{:>5}: {reconstruction:.1f} reconstruction + {kl:.1f} KL = {negative_elbo:.1f} "
               "nats per image (negative ELBO)".format(part, **metrics[part]))
     if metrics["test"]["kl"] < 0.1:
         print("the latent space has collapsed: KL below 0.1 nats; "
               "lower --beta, or train longer")
-    print(run.out / "vae.png", run.out / "vae.pt", sep="\n")
 
 
 def main(argv=None) -> int:
