@@ -524,10 +524,6 @@ def answer(run, path):
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
-def one_hot(y, classes):
-    return F.one_hot(y, classes).float()
-
-
 def with_hybrids(run, data, rows, inputs):
     """What `train` is given besides labelled images, and the files that it comes from."""
     import common
@@ -564,7 +560,7 @@ def command(run, args):
     labelled = rows[data.labels[rows] >= 0]
     inputs = common.Inputs(data, rows)
     images = inputs[labelled]           # or features
-    q = one_hot(data.labels[labelled], len(data.classes))
+    q = F.one_hot(data.labels[labelled], len(data.classes)).float()
     steps = args.steps or steps_for(images, unlabelled=len(rows) - len(labelled))
     given = {}
     sources = []                        # the files that the result depends on

@@ -209,8 +209,7 @@ class Unit:
         model, training = cnn.train(
             self.labelled, F.one_hot(self.labels, self.classes).float(), self.seed, **given,
             mix=mixing(arm.mix), share=arm.share, augmentations=augmentations, rounds=1,
-            amp=self.recipe["amp"], width=self.recipe["width"], steps=self.recipe["steps"],
-            weight_decay=self.recipe["weight_decay"])
+            amp=self.recipe["amp"], width=self.recipe["width"], steps=self.recipe["steps"])
         for _ in training:
             pass
         return model
@@ -460,8 +459,6 @@ def parse_args(argv=None):
         help="optimiser steps of every CNN; if not given, 300 to 4800 by number of images")
     add("--width", type=common.number(int, 1, 1024), default=24,
         help="number of channels of a CNN's first block")
-    add("--weight-decay", type=common.number(float, 0, 10), default=0.05,
-        help="weight decay of every CNN")
     add("--vae-steps", type=common.number(int, 1),
         help="optimiser steps of a VAE; if not given, 600 to 3000 by number of images")
     add("--latent-dim", type=common.number(int, 1, 512),
@@ -495,7 +492,7 @@ def plan(run, args) -> Grid:
             "format": common.FORMAT, "data": data.fingerprint, "amp": run.amp,
             "backbone": data.backbone,
             "score": args.score, "unlabelled": unlabelled, "width": args.width,
-            "weight_decay": args.weight_decay, "threads": args.threads,
+            "threads": args.threads,
             "latent_dim": args.latent_dim or known.get("latent_dim", 16),
             "vae_steps": args.vae_steps or vae.steps_for(seen, n + others),
             "steps": args.steps or cnn.steps_for(seen, n, others)}
@@ -535,8 +532,7 @@ def curves(left, right, table, rows, grid: Grid):
         draw_arm(right, arm, entries, "gain", side)
     right.axhline(0, color="black", lw=0.8)
     recipe, *_ = grid.recipes.values()
-    all_seen = recipe["unlabelled"]
-    images = "labelled images" if all_seen else "real images"
+    images = "labelled images" if recipe["unlabelled"] else "real images"
     name, = common.legible([grid.data.name])
     common.tidy(left, f"How accurate? ({name})", images, f"{recipe['score']} accuracy, %")
     common.tidy(right, "How much better than real images alone?", images,
@@ -547,7 +543,10 @@ def curves(left, right, table, rows, grid: Grid):
         axes.set(xticks=sizes, xticklabels=sizes, xlim=(sizes[0] / 1.5, sizes[-1] * 1.5))
     left.set_ylim(*np.clip(left.get_ylim(), 0, 100))    # no bar goes beyond
     left.legend(frameon=False, fontsize=9, loc="lower right")
-    left.figure.supxlabel(caption(table, all_seen), fontsize=8, color="0.35")
+    subsets = column(table, "subsets").max()
+    left.figure.supxlabel(f"up to {subsets} subsets, each a dot; bars: 95% t intervals; "
+                          "hollow: over half of the pool, no interval",
+                          fontsize=8, color="0.35")
 
 
 def arm_look(arm) -> dict:
@@ -574,19 +573,6 @@ def draw_arm(axes, arm, entries, what, side):
     axes.errorbar(x, y, halves, ms=6, label=arm, capsize=3, **look)
     hollow = column(entries, "hollow")
     axes.plot(x[hollow], y[hollow], look["marker"], color=look["color"], mfc="white", zorder=5)
-
-
-def caption(table, all_seen) -> str:
-    """What dots, bars and hollow marks are."""
-    counts = column(table, "subsets")
-    least, most = counts.min(), counts.max()
-    subsets = f"{least}" if least == most else f"{least} to {most}"
-    parts = [f"{subsets} subsets, each a dot", "bars: 95% t intervals"]
-    if column(table, "hollow").any():
-        parts.append("hollow: over half of the pool, no interval")
-    if all_seen:
-        parts.append("the VAE saw all images")
-    return "; ".join(parts)
 
 
 def summary(run, table, rows, grid: Grid):

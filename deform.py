@@ -87,8 +87,7 @@ class Deformations:
 
     def fields(self) -> dict:
         """As plain tensors and numbers: Deformations(**fields) does the same."""
-        return dict(directions=self.directions.cpu(), height=self.height, width=self.width,
-                    strength=self.strength, mirror=self.mirror)
+        return {key: value for key, value in vars(self).items() if key != "losses"}
 
     def words(self) -> str:
         """What it does, for people."""
@@ -340,7 +339,8 @@ def square_root(v):
 
 def same_class_pairs(y, generator, each=10, most=3000):
     """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
-    each = min(each, len(y), math.ceil(most / max(len(y), 1)))
+    share = math.ceil(most / max(len(y), 1))
+    each = min(each, share, len(y))
     alike = (y[:, None] == y).fill_diagonal_(False)
     numbers = torch.rand(alike.shape, device=y.device, generator=generator)
     # Random numbers lie in [0, 1): with 1 added, one's own class comes before the others.
