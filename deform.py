@@ -87,7 +87,8 @@ class Deformations:
 
     def fields(self) -> dict:
         """As plain tensors and numbers: Deformations(**fields) does the same."""
-        return {key: value for key, value in vars(self).items() if key != "losses"}
+        return dict(directions=self.directions.cpu(), height=self.height, width=self.width,
+                    strength=self.strength, mirror=self.mirror)
 
     def words(self) -> str:
         """What it does, for people."""
