@@ -540,7 +540,7 @@ def with_hybrids(run, data, rows, inputs):
         guessed = ~saved["given"] & (saved["y"] >= 0)
         plain = made["settings"]["strategy"] == "images"
         if guessed.any():
-            q = saved["hard" if plain else "pseudo"]
+            q = one_hot(saved["y"][guessed], len(data.classes)) if plain else saved["pseudo"]
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
     return given, sources
 

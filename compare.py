@@ -228,8 +228,6 @@ class Unit:
         if moves:
             given["move"] = moves.gently
         soft = arm.rule == "density" if arm.strategy == "images" else None
-        if not self.of_features:
-            soft = False
         guessed, q = latent.pseudo_labels(self.codes, soft)
         if guessed.any():
             given["pseudo_labelled"] = (self.images[guessed], q)

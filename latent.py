@@ -118,45 +118,36 @@ class Aggregate(Posterior):
 
     def log_density(self, z, logvar=None, without=None):
         """log p(z|c) (M,K). `without` (M,): the code that each point is, to be left out."""
-        parts = []
         size = max(1, 2**20 // len(self.mu))            # pairs of point and code at once
-        for rows in torch.arange(len(z), device=z.device).split(size):
-            width = None if logvar is None else logvar[rows].exp()
-            left_out = None if without is None else without[rows]
-            parts.append(self.class_columns(z[rows], width, left_out))
-        return torch.cat(parts)
+        return in_parts(self.class_columns, size, z, logvar, without)
 
-    def class_columns(self, z, width, left_out):
-        """log p(z|c) (M,K) of a few points; `width` (M,D): their variances, if of images."""
-        if width is None:
+    def class_columns(self, z, logvar, left_out):
+        """`log_density` of a few points or images."""
+        if logvar is None:
             terms = log_normal(z, self.mu, self.variance)       # (M,N)
         else:
-            terms = log_normal_images(z, width, self.mu, self.variance)
-        counts = torch.tensor(self.counts, device=z.device)
-        size = counts.expand(len(z), -1).float()        # (M,K)
+            terms = log_normal_images(z, logvar.exp(), self.mu, self.variance)
+        size = torch.tensor(self.counts, device=z.device)
         if left_out is not None:
-            rows = (left_out >= 0).nonzero()[:, 0]
-            code = left_out[rows]
-            terms[rows, code] = -math.inf
-            own = torch.bucketize(code, counts.cumsum(0), right=True)   # the class of each
-            size = size.clone()
-            size[rows, own] -= 1
+            terms[torch.arange(len(z)), left_out] = -math.inf
+            size = size - F.one_hot(self.classes_of(left_out), len(size))       # (M,K)
         columns = [part.logsumexp(1) for part in terms.split(self.counts, 1)]
         return torch.stack(columns, 1) - size.clamp(min=1).log()        # -inf without codes
+
+    def classes_of(self, rows):
+        """The classes of the codes in these rows."""
+        counts = torch.tensor(self.counts, device=rows.device)
+        return torch.bucketize(rows, counts.cumsum(0), right=True)
 
     def leave_one_out(self, logvar=None, limit=2000):
         """log p(z_i|c) (M,K), labels (M,) of at most `limit` codes, each without itself.
 
         With logvar (N,D), sorted by class as the codes are, of the images and not of points.
         """
-        rows = subsample(len(self.mu), limit)
-        classes = torch.arange(len(self.counts))
-        y = classes.repeat_interleave(torch.tensor(self.counts))
-        y = y[rows].to(self.mu.device)
-        rows = rows.to(self.mu.device)
+        rows = subsample(len(self.mu), limit).to(self.mu.device)
         if logvar is not None:
             logvar = logvar[rows]
-        return self.log_density(self.mu[rows], logvar, rows), y
+        return self.log_density(self.mu[rows], logvar, rows), self.classes_of(rows)
 
 
 class Gaussian(Posterior):
@@ -191,11 +182,10 @@ class Gaussian(Posterior):
         jitter = (ridge * mean_variance + 1e-6)[:, None, None] * eye
         covariance = (1 - ridge) * mixed + jitter
         posterior = cls(mean, covariance, counts / len(y))
-        some = subsample(len(mu), 2000)
-        of_points = posterior.log_density(mu[some])
-        some = subsample(len(mu), 500)
-        of_images = posterior.log_density(mu[some], logvar[some])
-        posterior.set_floors(of_points, of_images, quantile)
+        points = subsample(len(mu), 2000)
+        images = subsample(len(mu), 500)
+        of_images = posterior.log_density(mu[images], logvar[images])
+        posterior.set_floors(posterior.log_density(mu[points]), of_images, quantile)
         return posterior
 
     def log_density(self, z, logvar=None):
@@ -203,27 +193,36 @@ class Gaussian(Posterior):
         if len(z) == 0:                 # there may be no validation images
             return z.new_zeros(0, len(self.prior))
         if logvar is None:
-            normal = normals(self.mean, self.covariance)
-            return normal.log_prob(z[:, None])
-        parts = []
-        step = max(1, 2**23 // self.covariance.numel())         # (step,K,D,D) at once
-        for rows in torch.arange(len(z), device=z.device).split(step):
-            width = logvar[rows].exp().diag_embed()
-            covariance = self.covariance + width[:, None]
-            normal = normals(self.mean, covariance)
-            parts.append(normal.log_prob(z[rows, None]))
-        return torch.cat(parts)
+            return log_normal_full(z, self.mean, self.covariance)
+        size = max(1, 2**23 // self.covariance.numel())         # (size,K,D,D) at once
+        return in_parts(self.of_images, size, z, logvar)
+
+    def of_images(self, z, logvar):
+        """`log_density` of a few images."""
+        width = logvar.exp().diag_embed()
+        return log_normal_full(z, self.mean, self.covariance + width[:, None])
 
 
-def normals(mean, covariance):
-    """N(mean, covariance), (...,D) and (...,D,D), unchecked: that would take longest."""
-    return torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
+def log_normal_full(z, mean, covariance):
+    """log N(z_m; mean_c, covariance_c) (M,K), unchecked: that would take longest."""
+    normal = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
+    return normal.log_prob(z[:, None])
+
+
+def in_parts(function, size, *tensors):
+    """A function of tensors (M,...), or None in their place, of `size` rows at a time."""
+    parts = []
+    for rows in torch.arange(len(tensors[0]), device=tensors[0].device).split(size):
+        given = [None if tensor is None else tensor[rows] for tensor in tensors]
+        parts.append(function(*given))
+    return torch.cat(parts)
 
 
 def restored(fields: dict) -> Posterior:
     """The posterior that was `stored`."""
-    kind, = [kind for kind in (Aggregate, Gaussian) if kind.__name__ == fields["kind"]]
-    return kind(**{key: value for key, value in fields.items() if key != "kind"})
+    told = dict(fields)
+    kind = {"Aggregate": Aggregate, "Gaussian": Gaussian}[told.pop("kind")]
+    return kind(**told)
 
 
 class Codes(NamedTuple):
@@ -261,70 +260,56 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
     are near in `places` (N,P), which are codes or features, and, to the strength of `moves`,
     a deform.Deformations, as images that move so.
     """
+    of_features = images.dim() == 2
     y = y.long()
     given = y >= 0
     labels = y.clone()
     if not given.all():
         # All have a place in the graph, unless there are very many.
-        known = given.nonzero()[:, 0]
-        without = (~given).nonzero()[:, 0]
-        parts = [part[subsample(len(part), SPREAD).to(y.device)] for part in (known, without)]
-        among = torch.cat(parts).sort()[0]
+        among = torch.cat([some_rows(given, SPREAD), some_rows(~given, SPREAD)]).sort()[0]
         graph = graph_of(places[among], images[among], moves)
-        labels[among] = spread_labels(graph, y[among], classes, images.dim() == 2)
-    some = (labels >= 0).nonzero()[:, 0]
-    some = some[subsample(len(some), CODES).to(y.device)]
-    known = (mu[some], logvar[some], labels[some])
-    if images.dim() == 2:
-        posterior = fit_feature_labeller(*known, classes)
-    else:
-        posterior = fit_labeller(*known, classes)
+        labels[among] = spread_labels(graph, y[among], classes, balanced=of_features)
+    known = some_rows(labels >= 0, CODES)
+    posterior = fit_labeller(mu[known], logvar[known], labels[known], classes, of_features)
     return Codes(rows, mu, logvar, labels, given, posterior)
 
 
 def pseudo_labels(codes, soft=None):
     """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
 
-    One class each or, `soft`, the percentages of the labeller; None: soft where it knows less
-    than a tenth too little. Hard labels that are often wrong make a classifier too sure.
+    One class each or, of features and if `soft`, the percentages of the labeller; None: soft
+    where it knows less than a tenth too little. Hard labels that are often wrong make a
+    classifier too sure; of images they are the better ones all the same.
     """
     guessed = (codes.y >= 0) & ~codes.given
     if soft is None:
         soft = codes.posterior.temperature > SOFT
-    if soft:
+    if soft and isinstance(codes.posterior, Gaussian):
         return guessed, codes.posterior(codes.mu[guessed])
     classes = len(codes.posterior.prior)
     return guessed, F.one_hot(codes.y[guessed], classes).float()
 
 
-def fit_labeller(mu, logvar, y, classes, bandwidth=1.0):
+def fit_labeller(mu, logvar, y, classes, of_features=False):
     """The posterior that labels hybrids (the best-calibrated one is too soft for that).
 
-    T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth.
+    T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth. Among
+    features a Gaussian a class knows more, and hardly depends on one code: none is left out.
     """
-    posterior = Aggregate.fit(mu, logvar, y, classes, bandwidth, quantile=0.01)
-    log_density, labels = posterior.leave_one_out()
+    if of_features:
+        posterior = Gaussian.fit(mu, logvar, y, classes, quantile=0.01)
+        log_density = posterior.log_density(mu.float())
+    else:
+        posterior = Aggregate.fit(mu, logvar, y, classes, quantile=0.01)
+        log_density, y = posterior.leave_one_out()
     q = posterior.weigh(log_density, posterior.log_floor)
-    right = q.argmax(1) == labels
-    posterior.temperature = softness(right, posterior.prior)
+    posterior.temperature = softness(q, y, posterior.prior)
     return posterior
 
 
-def fit_feature_labeller(mu, logvar, y, classes):
-    """As `fit_labeller`, of features: among these a Gaussian a class knows more.
-
-    No code is left out for T: a Gaussian hardly depends on one of many.
-    """
-    posterior = Gaussian.fit(mu, logvar, y, classes, quantile=0.01)
-    log_density = posterior.log_density(mu.float())
-    q = posterior.weigh(log_density, posterior.log_floor)
-    posterior.temperature = softness(q.argmax(1) == y, posterior.prior)
-    return posterior
-
-
-def softness(right, prior) -> float:
-    """T = 1/s of predictions, `right` (N,) or not; s is 0 if they are guessed, 1 if known."""
-    accuracy = right.float().mean().item()
+def softness(q, y, prior) -> float:
+    """T = 1/s of predictions q (N,K) of labels y (N,); s is 0 if guessed, 1 if known."""
+    accuracy = (q.argmax(1) == y).float().mean().item()
     guess = prior.max().item()
     skill = (accuracy - guess) / max(1 - guess, 1e-6)
     return 1 / max(skill, 0.03)         # at most 33: nearly the priors
@@ -339,9 +324,9 @@ def class_means(mu, y, classes):
 
 def log_normal(z, mu, variance):
     """log N(z_m; mu_i, diag(variance_i)) (M,N) by three matrix products."""
-    if len(mu):                         # smaller numbers cancel less
-        centre = mu.mean(0)
-        z, mu = z - centre, mu - centre
+    centre = mu.mean(0)                 # smaller numbers cancel less
+    z = z - centre
+    mu = mu - centre
     precision = 1 / variance
     # (z - mu)^2 / variance, multiplied out.
     square = (z * z) @ precision.T
@@ -374,13 +359,12 @@ def log_normal_images(z, width, mu, variance):
 def best_temperature(posterior, mu, logvar, y):
     """The T in [1/4, 64] of the least NLL on codes mu, logvar of labels y, and that NLL."""
     evidence = floored(posterior.log_density(mu, logvar), posterior.image_floor)
-    best = (math.inf, 1.0)
+    losses = {}
     for temperature in torch.logspace(-2, 6, 65, base=2).tolist():
         log_q = (posterior.prior.log() + evidence / temperature).log_softmax(1)
-        nll = F.nll_loss(log_q.clamp(min=-30), y.long()).item()
-        best = min(best, (nll, temperature))
-    nll, temperature = best
-    return temperature, nll
+        losses[temperature] = F.nll_loss(log_q.clamp(min=-30), y.long()).item()
+    best = min(losses, key=losses.get)
+    return best, losses[best]
 
 
 def calibrate(kind, choices, codes, held_out, classes, limit=500):
@@ -389,26 +373,25 @@ def calibrate(kind, choices, codes, held_out, classes, limit=500):
     `kind` is Aggregate or Gaussian, codes and held_out are (mu, logvar, y). Of `choices`, that
     is bandwidths or shrinkages, the one of least NLL is taken, then the temperature likewise.
     """
-    mu, logvar, y = held_out
-    some = subsample(len(y), limit).to(y.device)        # the choice is coarse: a few settle it
-    tried = []
+    some = subsample(len(held_out[2]), limit)           # the choice is coarse: a few settle it
+    few = [part[some.to(part.device)] for part in held_out]
+    losses = {}
     for choice in choices:
         posterior = kind.fit(*codes, classes, choice)
-        _, nll = best_temperature(posterior, mu[some], logvar[some], y[some])
-        tried.append((nll, choice))
-    _, choice = min(tried)
+        _, losses[choice] = best_temperature(posterior, *few)
+    choice = min(losses, key=losses.get)
     posterior = kind.fit(*codes, classes, choice)
-    posterior.temperature, nll = best_temperature(posterior, mu, logvar, y)
+    posterior.temperature, nll = best_temperature(posterior, *held_out)
     return posterior, choice, nll
 
 
 def calibrate_left_out(kind, choice, codes, classes):
     """As `calibrate`, without other images: each code left out of its own prediction."""
-    mu, logvar, y = codes
-    posterior = kind.fit(mu, logvar, y, classes, choice)
-    q = left_out(kind, choice, 1.0, mu, logvar, y, classes)
-    posterior.temperature = softness(q.argmax(1) == y, posterior.prior)
-    q = left_out(kind, choice, posterior.temperature, mu, logvar, y, classes)
+    _, _, y = codes
+    posterior = kind.fit(*codes, classes, choice)
+    q = left_out(kind, choice, 1.0, *codes, classes)
+    posterior.temperature = softness(q, y, posterior.prior)
+    q = left_out(kind, choice, posterior.temperature, *codes, classes)
     return posterior, choice, F.nll_loss(q.clamp(min=1e-12).log(), y.long()).item()
 
 
@@ -418,20 +401,25 @@ def left_out(kind, choice, temperature, mu, logvar, y, classes, folds=10, most=5
     The labelled ones in folds, each by a density of at most so many of the other folds; those
     without a label by one of all folds.
     """
-    known = (y >= 0).nonzero()[:, 0]
-    fold = torch.full_like(y, -1)
     # By class: each fold has its share of every one.
-    order = known[y[known].argsort(stable=True)]
+    order = y.argsort(stable=True)
+    order = order[y[order] >= 0]
+    fold = torch.full_like(y, -1)
     fold[order] = torch.arange(len(order), device=y.device) % folds
     q = mu.new_zeros(len(y), classes)
     for k in fold.unique().tolist():
-        others = known[fold[known] != k]
-        others = others[subsample(len(others), most).to(y.device)]
+        others = some_rows((y >= 0) & (fold != k), most)
         posterior = kind.fit(mu[others], logvar[others], y[others], classes, choice)
         posterior.temperature = temperature
         asked = fold == k
         q[asked] = posterior(mu[asked], logvar[asked])
     return q
+
+
+def some_rows(mask, most):
+    """The rows of a mask (N,) where it is true, at most so many."""
+    rows = mask.nonzero()[:, 0]
+    return rows[subsample(len(rows), most).to(rows.device)]
 
 
 def subsample(n, most):
@@ -502,7 +490,7 @@ def propagate(graph, given, alpha=0.99, rounds=100):
     return belief
 
 
-def spread(graph, rows, labels, classes, alpha=0.99, rounds=100, balanced=False):
+def spread(graph, rows, labels, classes, balanced=False):
     """Labels (N,) from those of a few rows, along a graph (N,N); -1 where none arrives.
 
     If `balanced`, each class has as much of F in all as it has of the labels (class mass
@@ -510,7 +498,7 @@ def spread(graph, rows, labels, classes, alpha=0.99, rounds=100, balanced=False)
     """
     given = torch.zeros(len(graph), classes)
     given[rows, labels] = 1
-    belief = propagate(graph, given, alpha, rounds)
+    belief = propagate(graph, given)
     share = belief
     if balanced:
         share = belief / belief.sum(0).clamp(min=1e-30) * given.sum(0)
@@ -535,12 +523,9 @@ def labels_agree(graph, rows, y, classes) -> bool:
 
 def left_out_right(graph, rows, y, asked, classes, most=50) -> float:
     """The share of at most so many labels y (n,) of those `asked` that the others predict."""
-    asked = asked.nonzero()[:, 0]
-    asked = asked[subsample(len(asked), most)]
+    asked = some_rows(asked, most)
     columns = torch.arange(len(asked))
-    start = torch.zeros(len(graph), len(asked))
-    start[rows[asked], columns] = 1
-    influence = propagate(graph, start)
+    influence = propagate(graph, F.one_hot(rows[asked], len(graph)).float().T)  # (N,A) of each
     one_hot = F.one_hot(y, classes).float()
     every = torch.zeros(len(graph), classes)
     every[rows] = one_hot
@@ -561,12 +546,12 @@ def halves_agree(graph, rows, y, several, classes) -> float:
     for half in (order[::2], order[1::2]):              # half of each class
         half = torch.cat([half, alone])
         guesses.append(spread(graph, rows[half], y[half], classes, balanced=True))
-    other = torch.ones(len(graph), dtype=torch.bool)
-    other[rows] = False
-    other &= guesses[0] >= 0                            # where no label arrives, none is said
-    if not other.any():
+    first, second = guesses
+    asked = first >= 0                  # where no label arrives, none is said
+    asked[rows] = False
+    if not asked.any():
         return 1.0                      # there is nothing to be wrong about
-    return (guesses[0] == guesses[1])[other].float().mean().item()
+    return (first == second)[asked].float().mean().item()
 
 
 def spread_labels(graph, y, classes, balanced=False):
@@ -628,7 +613,6 @@ def words(q, classes, most=2) -> str:
     >>> words([0.2, 0.8], ["cat", "dog"])
     '20% cat + 80% dog'
     """
-    q = [float(p) for p in q]
     order = sorted(range(len(q)), key=q.__getitem__)
     shown = [c for c in order[-most:] if q[c] >= 0.005]         # below, it would read 0%
     return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in shown)
@@ -637,28 +621,31 @@ def words(q, classes, most=2) -> str:
 # ---- command --------------------------------------------------------------------------------
 
 REVIEWED = 100                          # most images of a kind in review.csv
-NAMED = 20                              # most classes that the map names
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
-COLUMNS = ["image", "new_label", "why", "label", "likeliest", "sure", "data_set"]
+COLUMNS = "image new_label why label likeliest sure data_set".split()
 # The densities, what is tried of their bandwidth or shrinkage, and what is usual.
 KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
          "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
 
 
 def parse_args(argv=None):
-    from common import flags, number
+    from common import flags
     parser = flags("latent.py", __doc__)
     add = parser.add_argument_group("percentages").add_argument
-    add("--codes", type=number(int, 2), default=CODES,
-        help="highest number of codes that the density is made of")
     add("--review", action="store_true",
         help="write review.csv and review.png as well: which labels to look at next")
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
-    add("--point", metavar="=Z1,Z2,...", help="print the percentages of this point, and stop")
+    add("--point", metavar="=Z1,Z2,...", type=numbers,
+        help="print the percentages of this point, and stop")
     args = parser.parse_args(argv)
     args.writes = not (args.image or args.point)
     return args
+
+
+def numbers(text):
+    """A point as it is typed; argparse turns a ValueError into a line."""
+    return [float(word) for word in text.split(",")]
 
 
 def plane_of(mu, y, classes):
@@ -673,27 +660,7 @@ def plane_of(mu, y, classes):
     return mean, directions
 
 
-def undecided_points(mu, posterior, generator, count=200, tried=4000):
-    """Points (count,D) on lines between codes, the least certain of those tried."""
-    i, j = torch.randint(len(mu), (2, tried), generator=generator)
-    t = torch.rand(tried, 1, generator=generator)
-    z = torch.lerp(mu[i], mu[j], t)
-    certainty = posterior(z).amax(1)
-    return z[certainty.argsort()[:count]]
-
-
-def far_apart(points, centres, count=7) -> list:
-    """Rows of points (N,2), each as far as can be from the centres and those before it."""
-    taken = list(centres)
-    rows = []
-    for _ in range(count):              # there are few: no need to remember distances
-        distance = torch.cdist(points, torch.stack(taken)).amin(1)
-        rows.append(int(distance.argmax()))
-        taken.append(points[rows[-1]])
-    return rows
-
-
-def draw_map(axes, mu, y, classes, posterior, generator, given=None):
+def draw_map(axes, mu, y, classes, posterior, generator, given):
     """Codes in two dimensions, an ellipse a class, random points X with their percentages.
 
     Labels y (N,) are -1 where there is none. Those `given` (N,) are large where not all are.
@@ -702,123 +669,99 @@ def draw_map(axes, mu, y, classes, posterior, generator, given=None):
     import common
     common.tidy(axes, "Where do the classes live?", "first main direction",
                 "second main direction")
-    large = torch.zeros_like(y, dtype=torch.bool)
-    size = 9                            # of the others
-    if given is not None and not given.all():
-        large = given
-        size = 4
-    unknown = mu[y < 0]
-    mu = mu[y >= 0]
-    large = large[y >= 0]
-    y = y[y >= 0]
-    mean, directions = plane_of(mu, y, len(classes))
+    known = y >= 0
+    mean, directions = plane_of(mu[known], y[known], len(classes))
     xy = (mu - mean) @ directions
-    without = (unknown[:1500] - mean) @ directions
-    draw_points(axes, without, s=3, color="0.6", alpha=0.35, linewidths=0)
+    large = given & ~given.all()
+    size = 4 if large.any() else 9      # of the others
+    draw_points(axes, xy[~known], s=3, color="0.6")
     centres = {}
-    for c in y.unique().tolist():
-        centres[c] = xy[y == c].mean(0)
-        draw_class(axes, xy[y == c], c, large[y == c], size)
+    for c in y[known].unique().tolist():
+        here = y == c
+        look = dict(color=common.COLOURS[c % 10], marker=common.MARKERS[c % 10])
+        draw_points(axes, xy[here & ~large], s=size, **look)
+        draw_points(axes, xy[here & large], s=30, alpha=1, ec="white", zorder=3, **look)
+        axes.plot(*ellipse(xy[here]).T, color=look["color"], lw=1.5)
+        centres[c] = xy[here].mean(0)
 
-    z = undecided_points(mu, posterior, generator)
+    z = points_between(mu[known], generator)
+    q = posterior(z)
     flat = (z - mean) @ directions
-    crosses = far_apart(flat, centres.values())
+    crosses = to_label(q, flat, torch.stack([*centres.values()]), 20)[:7]
     boxes = draw_crosses(axes, flat[crosses])
-    most = y.bincount().topk(min(NAMED, int(y.max()) + 1)).indices.tolist()
-    for c in sorted(set(most) & centres.keys()):        # of many classes the largest
-        centre = centres[c]
-        colour = common.COLOURS[c % 10]
-        write_near(axes, classes[c], centre.tolist(), boxes, (0, 9, 18, 27, 36),
-                   edge=colour, size=11, weight="bold", zorder=9)
-    for k in crosses:
-        text = words(posterior(z[[k]])[0], classes)
-        write_near(axes, text, flat[k].tolist(), boxes, (15, 25, 38, 54), size=9.5, zorder=10)
+    for k in crosses.tolist():
+        write_near(axes, words(q[k], classes), flat[k], boxes, size=9.5, zorder=10)
+    for c, centre in centres.items():
+        write_near(axes, classes[c], centre, boxes, size=11, weight="bold", zorder=9,
+                   ec=common.COLOURS[c % 10])
+
+
+def points_between(mu, generator, count=4000):
+    """Random points (count,D) on lines between codes."""
+    i, j = torch.randint(len(mu), (2, count), generator=generator)
+    t = torch.rand(count, 1, generator=generator)
+    return torch.lerp(mu[i], mu[j], t)
 
 
 def draw_points(axes, xy, **look):
     """Points (N,2), not so many that they hide each other."""
-    axes.scatter(xy[:1500, 0], xy[:1500, 1], **look)
+    axes.scatter(*xy[:1500].T, **{"alpha": 0.35, "lw": 0.5, "ec": "none", **look})
 
 
-def draw_class(axes, xy, c, large, size):
-    """Points (N,2) of class c, and an ellipse of 1.5 standard deviations about their mean.
-
-    `large` (N,) says which are drawn large; the others have a `size`.
-    """
-    import common
-    from matplotlib.patches import Ellipse
-    colour = common.COLOURS[c % 10]
-    look = dict(color=colour, marker=common.MARKERS[c % 10])
-    draw_points(axes, xy[~large], s=size, alpha=0.35, linewidths=0, **look)
-    draw_points(axes, xy[large], s=30, edgecolors="white", linewidths=0.5, zorder=3, **look)
-    if len(xy) < 3:
-        return
-    variance, turn = torch.linalg.eigh(xy.T.double().cov())
-    height, width = (3 * variance.clamp(min=0).sqrt()).tolist()
-    right, up = turn[:, 1].tolist()     # the direction of the largest variance
-    angle = math.degrees(math.atan2(up, right))
-    centre = xy.mean(0).tolist()
-    ellipse = Ellipse(centre, width, height, angle=angle, fill=False, color=colour, lw=1.5)
-    axes.add_patch(ellipse)
+def ellipse(xy):
+    """Points (100,2) on the ellipse of 1.5 standard deviations about the mean of xy (N,2)."""
+    turn = torch.linspace(0, 2 * math.pi, 100)
+    circle = torch.stack([turn.cos(), turn.sin()])
+    variance, directions = torch.linalg.eigh(xy.T.cov(correction=0))
+    half_axes = 1.5 * variance.clamp(min=0).sqrt() * directions
+    return xy.mean(0) + (half_axes @ circle).T
 
 
 def draw_crosses(axes, points) -> list:
-    """Draw an X at points (n,2) -> a box of pixels about each, which no text should cover."""
-    axes.plot(points[:, 0], points[:, 1], "x", color="black", ms=9, mew=2.2)
-    figure = axes.figure.figure         # the whole one, if the axes are part of a subfigure
-    figure.draw_without_rendering()     # settles the layout, and so the pixels
-    reach = 6 * figure.dpi / 72
-    margin = torch.tensor([-reach, -reach, reach, reach])
-    pixels = torch.from_numpy(axes.transData.transform(points))
-    return list(pixels.repeat(1, 2) + margin)
+    """Draw an X at points (n,2) -> the box of each, in pixels, which no text should cover."""
+    from matplotlib.transforms import Bbox
+    axes.plot(*points.T, "x", color="black", ms=9, mew=2.2)
+    axes.figure.figure.draw_without_rendering()         # settles the layout, and so the pixels
+    pixels = axes.transData.transform(points)
+    return [Bbox([pixel, pixel]).padded(11) for pixel in pixels]
 
 
-def write_near(axes, text, point, boxes, radii, edge="none", **look):
-    """Write a text near a point, where it covers least of the boxes (n,4); add its own.
+def write_near(axes, text, point, boxes, ec="none", **look):
+    """Write a text near a point where it covers none of the boxes; add its own.
 
-    Boxes are left, bottom, right, top, in pixels.
+    Where there is no room for it, it is left out.
     """
-    frame = dict(boxstyle="round,pad=0.2", fc="white", ec=edge, alpha=0.85)
+    frame = dict(boxstyle="round,pad=0.2", fc="white", ec=ec, alpha=0.85)
     leader = dict(arrowstyle="-", lw=0.8, shrinkA=0, shrinkB=4)
-    label = axes.annotate(text, point, (0, 0), textcoords="offset points", ha="center",
-                          va="center", bbox=frame, arrowprops=leader, **look)
-    label.set_in_layout(False)
-    box = label.get_window_extent().padded(4)           # measured once: that is slow
-    here = torch.from_numpy(box.extents)
-    pixels = axes.figure.figure.dpi / 72                # of a point
-    radius = torch.tensor(radii).repeat_interleave(16)
-    angle = math.pi * (torch.arange(16) / 8 - 0.5)      # below the point first
-    angle = angle.repeat(len(radii))
-    # Texts are wider than high: an ellipse of places.
-    places = torch.stack([2.2 * radius * angle.cos(), radius * angle.sin()], 1)
-    tried = here + pixels * places.repeat(1, 2)         # (places,4)
-    size = (here[2] - here[0]) * (here[3] - here[1])
-    cut_off = size - overlap(tried, torch.from_numpy(axes.bbox.extents)[None])
-    cost = overlap(tried, torch.stack(boxes)) + 1000 * cut_off.clamp(min=0) + radius
-    best = int(cost.argmin())
-    label.set_position(places[best].tolist())
-    boxes.append(tried[best])
-
-
-def overlap(boxes, others):
-    """The area (n,) that boxes (n,4) share with others (m,4), in pixels."""
-    low = boxes[:, None, :2].maximum(others[:, :2])
-    high = boxes[:, None, 2:].minimum(others[:, 2:])
-    return (high - low).clamp(min=0).prod(2).sum(1)
+    label = axes.annotate(text, point.tolist(), (0, 0), textcoords="offset pixels",
+                          ha="center", va="center", bbox=frame, arrowprops=leader,
+                          in_layout=False, **look)
+    here = label.get_window_extent().padded(4)          # measured once: that is slow
+    for radius, k in itertools.product(range(0, 100, 10), range(16)):
+        angle = math.pi * (k / 8 - 0.5)                 # below the point first
+        # Texts are wider than high: an ellipse of places.
+        place = (2.2 * radius * math.cos(angle), radius * math.sin(angle))
+        box = here.translated(*place)
+        inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
+        if inside and box.count_overlaps(boxes) == 0:
+            label.set_position(place)
+            boxes.append(box)
+            return
+    label.remove()
 
 
 def draw_reliability(axes, metrics):
     """Stated percentages against observed frequencies, one line a density."""
     import common
-    axes.axline((0, 0), (1, 1), color="black", lw=0.8)
-    for margin in (-0.05, 0.05):        # what is stated is right to within five points
-        axes.axline((0, margin), (1, 1 + margin), color="black", lw=0.6, ls=":")
+    axes.axline((0, 0), slope=1, color="black", lw=0.8)
+    # What is stated is right to within five points.
+    axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="0.93")
+    axes.set_prop_cycle(color=common.COLOURS)
     styles = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
-    for (name, style), colour in zip(styles.items(), common.COLOURS):
+    for name, style in styles.items():
         rows = metrics[name]["reliability"]
         stated = [row["stated"] for row in rows]
-        observed = [row["observed"] for row in rows]
-        axes.plot(stated, observed, style, ms=5, color=colour, label=name)
+        axes.plot(stated, [row["observed"] for row in rows], style, ms=5, label=name)
     axes.legend(frameon=False, loc="upper left")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     common.tidy(axes, "Does 30% mean 30%?", "stated percentage",
@@ -832,57 +775,38 @@ def answer(run, args):
     saved = common.load(run, "latent")
     posterior = restored(saved["percentages"])
     if args.point:
-        q = posterior(parse_point(args.point, saved["mu"].shape[1])[None])
+        z = torch.tensor([args.point])
+        dim = saved["mu"].shape[1]
+        common.require(z.shape[1] == dim and z.isfinite().all(),
+                       f"--point takes {dim} finite numbers with commas between")
+        q = posterior(z)
     else:
         upstream = common.load(run, "vae")
         read = common.reader(run, saved, upstream.get("mean"), upstream.get("scale"))
         image, report = read(args.image)
         print(report)
-        model = restore(upstream)
-        q = posterior(*encode_all(model, image))
+        q = posterior(*encode_all(restore(upstream), image))
     print(common.ranking(q[0], saved["dataset"]["classes"]))
-
-
-def parse_point(text: str, dim: int):
-    """D numbers with commas between -> (D,)."""
-    import common
-    try:
-        z = torch.tensor([float(word) for word in text.split(",")])
-    except ValueError:
-        z = torch.empty(0)
-    common.require(z.shape == (dim,) and z.isfinite().all(),
-                   f"--point takes {dim} finite numbers with commas between, not {text}")
-    return z
-
-
-class Part(NamedTuple):
-    """Images of a data set as this script sees them."""
-    name: str
-    rows: torch.Tensor                  # (N,) as Dataset counts them
-    given: torch.Tensor                 # (N,) labels, -1 where there is none
-    y: torch.Tensor                     # (N,) these and, among training images, spread ones
-    q: torch.Tensor                     # (N,K) percentages
 
 
 def percentage_table(data, parts):
     """A line an image: its labels, its likeliest class, how sure that is, all shares.
 
-    Each is made as it is written: all of them may take much memory.
+    `parts`: by name rows (N,), their labels y (N,), given or spread, and q (N,K). Each line is
+    made as it is written: all of them may take much memory.
     """
     import common
     yield common.columns("image part label spread likeliest sure".split(), data.classes)
     names = [*data.classes, ""]         # the last one, -1, is none
-    for part in parts:
-        sure, likeliest = part.q.max(1)
-        tensors = (part.rows, part.given, part.y, likeliest, sure, part.q)
-        lists = [tensor.tolist() for tensor in tensors]
-        for row, label, y, best, most, numbers in zip(*lists):
-            source = part.name if label >= 0 else "unlabelled"
-            spread_label = names[y] if y != label else ""
-            line = [data.names[row], source, names[label], spread_label, names[best]]
-            for share in (most, *numbers):
-                line.append(f"{share:.4f}")
-            yield line
+    given = torch.cat([data.labels, data.test_labels])
+    for part, (rows, y, q) in parts.items():
+        tensors = (rows, given[rows], y, q.argmax(1), q)
+        for row, label, spread_label, best, shares in zip(*map(torch.Tensor.tolist, tensors)):
+            line = [data.names[row], part, names[label], "", names[best]]
+            if label < 0:
+                line[1] = "unlabelled"
+                line[3] = names[spread_label]
+            yield line + [f"{share:.4f}" for share in (max(shares), *shares)]
 
 
 def measure(q, y) -> dict:
@@ -892,28 +816,31 @@ def measure(q, y) -> dict:
             "reliability": common.reliability(q, y)}
 
 
-def densities(known, validation, test, classes):
+def densities(codes, validation, test):
     """Both densities, calibrated on validation images, and what they say of test images.
 
-    The three are (mu, logvar, y) -> by name the posterior, its choice, its held-out NLL; by
-    name what q (T,K) is worth. Without validation images each of `known` is left out in turn.
+    Those two are (mu, logvar, y) -> the name of the one with the lower held-out NLL, that one,
+    and what all are worth. Without validation images each code is left out in turn.
     """
     mu, logvar, y = test
-    _, _, known_y = known
-    prior = known_y.bincount(minlength=classes) / len(known_y)
+    known = codes.some(some_rows(codes.y >= 0, CODES)).labelled()
+    held_out = [part[subsample(len(part), 2000).to(part.device)] for part in validation]
+    prior = codes.posterior.prior
+    classes = len(prior)
     narrow = Aggregate.fit(*known, classes, bandwidth=0.0)
     metrics = {"class priors": measure(prior.expand(len(y), -1), y),
                "encoder's width": measure(narrow(mu, logvar), y)}
-    calibrated = {}
+    posteriors = {}
     for name, (kind, choices, usual) in KINDS.items():
-        if len(validation[2]):
-            calibrated[name] = calibrate(kind, choices, known, validation, classes)
+        if len(held_out[2]):
+            posterior, choice, nll = calibrate(kind, choices, known, held_out, classes)
         else:
-            calibrated[name] = calibrate_left_out(kind, usual, known, classes)
-        posterior, choice, nll = calibrated[name]
+            posterior, choice, nll = calibrate_left_out(kind, usual, known, classes)
+        posteriors[name] = posterior
         metrics[name] = {**measure(posterior(mu, logvar), y), "choice": choice,
                          "temperature": posterior.temperature, "held_out_nll": nll}
-    return calibrated, metrics
+    speaking = min(KINDS, key=lambda name: metrics[name]["held_out_nll"])
+    return speaking, posteriors[speaking], metrics
 
 
 def findings(data, codes, q, labelled_q, seen) -> list:
@@ -923,20 +850,16 @@ def findings(data, codes, q, labelled_q, seen) -> list:
     label, by the given labels of the others. Images whose names are in `seen` are left out.
     """
     given = codes.some(codes.given)
+    others = codes.some(~codes.given)
     lines = []
     agree = labelled_q.argmax(1) == given.y
     if agree.float().mean() > 0.5:      # else they know too little to doubt a label
         places, claims = suspects(labelled_q, given.y)
         lines = review_lines(WRONG, data, given, labelled_q, places, claims, seen)
-
-    asked = ~codes.given
-    for k, row in enumerate(codes.rows.tolist()):
-        if data.names[row] in seen:
-            asked[k] = False
-    others = codes.some(asked)
-    places = to_label(q[asked], others.mu, given.mu, REVIEWED)
-    claims = q[asked][places].argmax(1)
-    return lines + review_lines(TEACHING, data, others, q[asked], places, claims, seen)
+    q = q[~codes.given]
+    places = to_label(q, others.mu, given.mu, REVIEWED)
+    claims = q[places].argmax(1)
+    return lines + review_lines(TEACHING, data, others, q, places, claims, seen)
 
 
 def review_lines(why, data, codes, q, places, claims, seen) -> list:
@@ -947,40 +870,34 @@ def review_lines(why, data, codes, q, places, claims, seen) -> list:
     lines = []
     for k, claim in zip(places.tolist(), claims.tolist()):
         name = data.names[codes.rows[k]]
-        if name in seen or len(lines) == REVIEWED:
-            continue
         label = data.classes[codes.y[k]] if codes.given[k] else ""
-        lines.append({"image": name, "new_label": "", "why": why, "label": label,
-                      "likeliest": data.classes[claim], "sure": f"{float(q[k, claim]):.4f}",
-                      "data_set": data.name})
-    return lines
+        cells = [name, "", why, label, data.classes[claim], f"{q[k, claim]:.4f}", data.name]
+        if name not in seen:
+            lines.append(dict(zip(COLUMNS, cells)))
+    return lines[:REVIEWED]
 
 
 def draw_review(data, lines):
     """The first of each kind that has some, with what the percentages say."""
     import common
+    legible = dict(zip(data.classes, common.legible(data.classes)))
     kinds = list(dict.fromkeys(line["why"] for line in lines))
     fig = common.figure(13, 0.5 + 2 * max(len(kinds), 1))
-    legible = dict(zip(data.classes, common.legible(data.classes)))
-    rows = {name: row for row, name in enumerate(data.names)}
-    if not kinds:
-        fig.suptitle("No label looks wrong, and every image has one", x=0.01, ha="left",
-                     fontsize=11, fontweight="bold")
-        return fig
-    strips = fig.subfigures(len(kinds), 1, squeeze=False)[:, 0]
-    for why, strip in zip(kinds, strips):
+    if not lines:
+        fig.suptitle("No label looks wrong, and every image has one")
+    for k, why in enumerate(kinds):
         shown = [line for line in lines if line["why"] == why]
-        strip.suptitle(f"{why.capitalize()}: {len(shown)} images", x=0.01, ha="left",
-                       fontsize=11, fontweight="bold")
-        for axes, line in itertools.zip_longest(strip.subplots(1, 10), shown[:10]):
-            if line is None:
-                axes.set_axis_off()
-                continue
+        for column, line in enumerate(shown[:10]):
+            axes = fig.add_subplot(len(kinds), 10, 10 * k + column + 1)
             caption = f"{float(line['sure']):.0%} {legible[line['likeliest']]}"
             if line["label"]:
                 caption = f"{legible[line['label']]}; rather\n{caption}"
-            image = data.images[rows[line["image"]]]
+            image = data.images[data.names.index(line["image"])]
             common.show_images(axes, image[None], 1, caption)
+            if column == 0:
+                title = f"{why.capitalize()}: {len(shown)} images"
+                axes.text(0, 1.1, title, transform=axes.transAxes, in_layout=False,
+                          fontsize=11, fontweight="bold")
     return fig
 
 
@@ -995,24 +912,19 @@ def review(run, data, codes, q, labelled_q):
     path = run.out / "review.csv"
     common.write(run.out / "review.png", draw_review(data, lines))
     common.write(path, [COLUMNS, *(line.values() for line in lines)])
-    agree = labelled_q.argmax(1) == codes.y[codes.given]
-    share = agree.float().mean()
-    doubt = "" if share > 0.5 else ", too few to doubt any"
-    print(f"percentages agree with {share:.0%} of the labels{doubt}; to look at:")
     for why in (WRONG, TEACHING):
         print(f"{why}: {sum(line['why'] == why for line in lines)}")
     mine = run.labels_from or run.out / "labels.csv"
+    first = "deform" if data.features is None else "vae"        # features do not move
     print(f"copy lines of {path} to {mine}, write the classes, right or not, into the column "
-          "new_label; then (make does all of it):")
-    first = "deform" if (run.out / "deform.pt").exists() else "vae"
-    for stem in dict.fromkeys([first, "vae", "latent", "hybrids", "cnn"]):
-        print("   ", common.command_for(run, stem, labels_from=mine))
+          "new_label, and repeat all steps, as make does, from this one on:")
+    print(common.command_for(run, first, labels_from=mine))
     print(run.out / "review.png")
 
 
 def report(metrics, speaking):
     """What the percentages are worth, as a table; those that are used are marked."""
-    print(f"{'':17}  accuracy    NLL  Brier    ECE  95% interval")
+    print(f"{'* is used':17}  accuracy    NLL  Brier    ECE  95% interval")
     line = "{accuracy:10.1%} {nll:6.3f} {brier:6.3f} {ece:6.3f}  {low:.3f} to {high:.3f}"
     for name, scores in metrics.items():
         low, high = scores["ece_interval"]
@@ -1032,83 +944,74 @@ def draw(data, codes, posterior, metrics, generator):
     return fig
 
 
-def say_spread(codes):
-    """What became of the images without a label."""
-    without = int((~codes.given).sum())
-    count = int((codes.y[~codes.given] >= 0).sum())
+def codes_of(run, data, model, rows, images, sources):
+    """The codes of the images, or features, of these rows; notes the files that it reads."""
+    import common
+    from deform import Deformations
+    from vae import encode_all
+    mu, logvar = encode_all(model, images, run.amp)
+    y = data.labels[rows]
+    without = int((y < 0).sum())
+    places = mu
+    moves = None
+    if data.features is not None:
+        places = model.project(images)
+    elif without:
+        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+        sources.append(run.out / "deform.pt")
+    if without:
+        common.say(f"spreading labels among {len(rows):,} images")
+    codes = embed(mu, logvar, rows, y, len(data.classes), places, images, moves)
+    count = int((codes.y[y < 0] >= 0).sum())
     if count:
         print(f"labels are spread to {count:,} of {without:,} images without one")
     elif without:
         print("the labels do not predict each other: none is spread to the "
               f"{without:,} images without one, only labelled ones are used")
+    return codes
 
 
 def command(run, args):
     import common
-    from deform import Deformations
     from vae import encode_all, restore
     if args.image or args.point:
         return answer(run, args)
     upstream = common.load(run, "vae", run.device)
     data = common.load_dataset(run)
-    classes = len(data.classes)
     model = restore(upstream, run.device)
-    encode = functools.partial(encode_all, model, amp=run.amp)
     rows = upstream["rows"]
     inputs = common.Inputs(data, rows)
-    images = inputs[rows]               # or features
-    mu, logvar = encode(images)
-    places = mu
-    moves = None
-    if data.features is not None:
-        places = model.project(images)
-    elif (data.labels[rows] < 0).any():
-        moves = Deformations.restore(common.load(run, "deform", run.device))
-    if (data.labels[rows] < 0).any():
-        common.say(f"spreading labels among {len(rows):,} images")
-    codes = embed(mu, logvar, rows, data.labels[rows], classes, places, images, moves)
-    say_spread(codes)
-
-    known = codes.known()
-    known = known.some(subsample(len(known.y), args.codes).to(run.device))
-    validation = (*encode(inputs[data.validation]), data.labels[data.validation])
-    some = subsample(len(data.validation), 2000).to(run.device)
-    fitting = [part[some] for part in validation]
-    test = (*encode(inputs.test()), data.test_labels)
-    calibrated, metrics = densities(known.labelled(), fitting, test, classes)
-    speaking = min(KINDS, key=lambda name: metrics[name]["held_out_nll"])
-    posterior, choice, _ = calibrated[speaking]
-    kind = type(posterior)
-    own = functools.partial(left_out, kind, choice, posterior.temperature, classes=classes)
+    sources = [run.out / "vae.pt"]
+    codes = codes_of(run, data, model, rows, inputs[rows], sources)
+    validation = encode_all(model, inputs[data.validation], run.amp)
+    validation_y = data.labels[data.validation]
+    test = encode_all(model, inputs.test(), run.amp)
+    speaking, posterior, metrics = densities(codes, (*validation, validation_y),
+                                             (*test, data.test_labels))
+    own = functools.partial(left_out, type(posterior), metrics[speaking]["choice"],
+                            posterior.temperature, classes=len(data.classes))
     q = own(*codes.labelled())
-    tests = torch.arange(len(data.images), len(data.names))
-    parts = [Part("train", rows, data.labels[rows], codes.y, q),
-             Part("validation", data.validation, validation[2], validation[2],
-                  posterior(*validation[:2])),
-             Part("test", tests, test[2], test[2], posterior(*test[:2]))]
 
-    generator = torch.Generator().manual_seed(run.seed)
-    picture = draw(data, codes, posterior, metrics, generator)
+    picture = draw(data, codes, posterior, metrics, torch.Generator().manual_seed(run.seed))
     common.write(run.out / "latent.png", picture)
-    common.write(run.out / "latent.csv", percentage_table(data, parts))
+    tests = torch.arange(len(data.images), len(data.names))
+    common.write(run.out / "latent.csv", percentage_table(data, {
+        "train": (rows, codes.y, q),
+        "validation": (data.validation, validation_y, posterior(*validation)),
+        "test": (tests, data.test_labels, posterior(*test))}))
     if args.review:
         labelled_q = q[codes.given]
         if not codes.given.all():       # a label that was spread would come back
-            given = codes.some(codes.given)
-            labelled_q = own(*given.labelled())
+            labelled_q = own(*codes.some(codes.given).labelled())
         review(run, data, codes, q, labelled_q)
-    made_from = [run.out / "vae.pt", *([run.out / "deform.pt"] if moves else [])]
     fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
-    # Of images the labels that were spread, as they are, are the better ones.
-    for name, soft in (("hard", False), ("pseudo", None if images.dim() == 2 else False)):
-        fields[name] = pseudo_labels(codes, soft)[1].cpu()
-    common.save(run.out / "latent.pt", run, data, metrics, made_from, **fields, q=q.cpu(),
-                percentages=posterior.stored(), labeller=codes.posterior.stored())
-    fitted = f"{len(some):,} validation images"
-    if len(some) == 0:
-        fitted = f"{len(known.y):,} training images, each left out of its own prediction"
-    print(f"{len(test[2]):,} test images; percentages calibrated on {fitted}; those with a * "
-          "are used")
+    common.save(run.out / "latent.pt", run, data, metrics, sources, **fields, q=q.cpu(),
+                pseudo=pseudo_labels(codes)[1].cpu(), percentages=posterior.stored(),
+                labeller=codes.posterior.stored())
+    fitted = "validation images"
+    if len(validation_y) == 0:
+        fitted = "training images, each left out of its own prediction"
+    print(f"{len(tests):,} test images; percentages calibrated on {fitted}")
     report(metrics, speaking)
     print(run.out / "latent.png", run.out / "latent.csv", run.out / "latent.pt", sep="\n")
 

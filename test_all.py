@@ -492,7 +492,6 @@ def test_unused_dimensions_do_not_drown_the_percentages_of_images(kind, dim):
 
 @pytest.mark.parametrize("known, told, least, most", [
     (codes(300, 1), {}, 0.1, 0.9),
-    (codes(300, 1), {"bandwidth": 0.3}, 0.1, 0.9),
     ((100 * F.one_hot(SIZES).float(), torch.zeros(70, 3), SIZES), {}, 1, 1),
     ((torch.zeros(70, 3), torch.zeros(70, 3), SIZES), {}, 0, 0)])
 def test_a_labeller_is_as_soft_as_its_accuracy_above_guessing(known, told, least, most):
@@ -823,7 +822,8 @@ def test_a_given_label_stays_though_all_its_neighbours_have_another():
 
 
 def test_pseudo_labels_are_soft_where_asked_or_where_the_labeller_is():
-    found = latent.embed(*half_labelled(), Moving(1.0))
+    mu, logvar, rows, given, *_, images = half_labelled()
+    found = latent.embed(mu, logvar, rows, given, 3, images[:, None], images[:, None])
     for temperature, told, soft in ((1.0, None, False), (1.09, None, False),
                                     (1.11, None, True), (1.0, True, True),
                                     (3.0, False, False)):
@@ -3670,7 +3670,7 @@ def test_the_defaults_are_those_that_were_chosen():
     assert hybrids.parse_args([]).label is default_of(hybrids.make, "rule") is None
     assert hybrids.default_rule("between", easy(9)[0]) == "product"
     assert hybrids.default_rule("prior", easy(9)[0]) == "density"
-    assert (hybrids.parse_args([]).count, latent.parse_args([]).codes) == (20_000, 20_000)
+    assert hybrids.parse_args([]).count == 20_000
     args = compare.parse_args([])
     assert (compare.SIZES, args.sizes, args.seeds) == ([100, 300], None, 5)
     assert args.arms is None
@@ -3862,7 +3862,7 @@ def first_weights_of(model_class, seed, *arguments, **settings):
 
 @pytest.mark.parametrize("kind, upstream, keys", [
     ("deform", [], "deformations"), ("vae", [], "config rows model"),
-    ("latent", ["vae"], "rows mu logvar y given q percentages labeller hard pseudo"),
+    ("latent", ["vae"], "rows mu logvar y given q percentages labeller pseudo"),
     ("hybrids", ["vae", "latent", "deform"], "images q z"),
     ("cnn", ["hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
@@ -4907,7 +4907,7 @@ def test_labels_spread_to_images_are_of_one_class_however_soft_the_labeller(few,
     assert run("latent", "-o", out, "--no-amp") == 0
     saved = read(out / "latent.pt")
     guessed = one_hot(saved["y"][~saved["given"]])
-    assert torch.equal(saved["pseudo"], guessed) and torch.equal(saved["hard"], guessed)
+    assert torch.equal(saved["pseudo"], guessed)
     planned = grid_of("--dataset", npz(tmp_path / "tiny.npz"), "-o", tmp_path, "--sizes", 12,
                       "--unlabelled", "--vae-steps", 30)
     unit = compare.Unit(planned, 12, 3)
@@ -5230,7 +5230,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("vae --batch-size 1000000000000", "out of memory"),
     (f"vae --device {ABSENT}", f"--device {ABSENT}"), ("vae -o OUT/vae.pt", "is a file"),
     ("vae -o OUT/vae.pt/x", "vae.pt"), ("latent --point 1,2", "4 finite numbers"),
-    ("latent --point 1,a,2,3", "numbers"), ("latent --point 1,nan,2,3", "finite"),
+    ("latent --point 1,nan,2,3", "finite"),
     ("latent --image OUT/no.png", r"no\.png"),
     ("hybrids --count 9 --export OUT/vae.pt", "vae.pt"),
     ("cnn --predict OUT/nothing", "nothing"), ("cnn --predict OUT/none", "no images"),
@@ -5251,7 +5251,7 @@ def test_commands_that_cannot_be_obeyed_end_in_one_line(copy, capsys, command, p
     "vae --steps 0", "vae --steps 1.5", "vae --lr nan", "vae --lr -1", "vae --beta inf",
     "vae --latent-dim 0", "vae --batch-size -3", "vae --seed -1", "vae --image-size 8",
     "vae --seed 99999999999999999999", "vae --device tpu", "vae --threads 0", "vae --nosuch",
-    "deform --images 0", "latent --codes 1", "hybrids --count 0",
+    "deform --images 0", "latent --point 1,a", "hybrids --count 0",
     "hybrids --strategy nowhere", "hybrids --strategy prior --label product",
     "cnn --hybrid-fraction 2", "cnn --hybrid-fraction 1 0 0", "cnn --width 0",
     "cnn --batch-size 1", "compare --images 9", "compare --sizes 1", "compare --seeds 0",
@@ -5288,8 +5288,9 @@ def test_a_full_disk_leaves_the_files_as_they_were(bare, capsys, monkeypatch, sc
         return plain(content, kind)
 
     monkeypatch.setattr(common, "as_bytes", full)
-    words = {"compare": ["--arms", "latent posterior"], "hybrids": ["--count", 91],
-             "latent": ["--codes", 30]}.get(script, [])         # other than there were
+    monkeypatch.setattr(latent, "CODES", 30)
+    words = {"compare": ["--arms", "latent posterior"],
+             "hybrids": ["--count", 91]}.get(script, [])        # other than there were
     line = mistake(capsys, script, "-o", bare, *STEMS[script], *words)
     assert line.endswith("No space left on device")
     after = contents(bare)
