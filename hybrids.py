@@ -102,20 +102,18 @@ def sample(strategy, count, codes, generator, same=0.3, lines=None) -> Points:
     mu = codes.mu.float()
     size, dim = mu.shape
     source = {"device": mu.device, "generator": generator}      # of random numbers
-    every = torch.ones(count, dtype=torch.bool, device=mu.device)
+    if strategy == "between":
+        i = torch.randint(size, (min(lines or count, count),), **source)
+        return between(codes, i, count, generator, same)
+    decoded = torch.full((count,), strategy != "images", device=mu.device)
     if strategy == "prior":
-        return Points(torch.randn(count, dim, **source), decoded=every)
-    if strategy == "images":
-        i = torch.randint(size, (count,), **source)
-        return Points(mu[i], i, i, torch.ones(count, device=mu.device), ~every)
+        return Points(torch.randn(count, dim, **source), decoded=decoded)
+    i = torch.randint(size, (count,), **source)
+    z = mu[i]
     if strategy == "around":
-        i = torch.randint(size, (count,), **source)
-        noise = torch.randn(count, dim, **source)
         width = (codes.logvar[i].float() / 2).exp()
-        t = torch.ones(count, device=mu.device)
-        return Points(mu[i] + width * noise, i, i, t, every)
-    i = torch.randint(size, (min(lines or count, count),), **source)
-    return between(codes, i, count, generator, same)
+        z = z + width * torch.randn(count, dim, **source)
+    return Points(z, i, i, torch.ones(count, device=mu.device), decoded)
 
 
 def between(codes, i, count, generator, same=0.3) -> Points:
@@ -221,8 +219,9 @@ def render(points, codes, images, decode, residual=True, cut=False, morph=None,
         t = points.t[rows]
         decoded = points.decoded[rows]
         shaped = decoded.view(-1, *[1] * (images.dim() - 1))
-        plain = as_float(sources[ends[:, rows]]).float()
-        a, b = lost[ends[:, rows]].float().where(shaped, plain)
+        pair = ends[:, rows]
+        plain = as_float(sources[pair]).float()
+        a, b = lost[pair].float().where(shaped, plain)
         w = t.view(shaped.shape)
         if cut:
             w = rectangles(t, *images.shape[2:], generator)
@@ -421,7 +420,8 @@ def export(folder, x, q, classes):
     for k, (image, row) in enumerate(zip(x, q)):
         file = Path(folders[int(row.argmax())], f"{k:06}.png")
         (folder / file.parent).mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / file)
+        pixels = image.permute(1, 2, 0).squeeze(2)
+        Image.fromarray(pixels.numpy()).save(folder / file)
         table.append([file.as_posix(), *(f"{p:.5f}" for p in row.tolist())])
     common.write(folder / "labels.csv", table)
 
@@ -432,7 +432,8 @@ def measure(made, encode, posterior) -> dict:
     some = subsample(len(made.x), 2000)
     mu, _ = encode(made.x[some])
     # Total variation between the percentages of a point and of the image made from it.
-    moved = (posterior(mu) - posterior(made.points.z[some])).abs().sum(1) / 2
+    moved = posterior(mu) - posterior(made.points.z[some])
+    moved = moved.abs().sum(1) / 2
     entropy = torch.special.entr(made.q).sum(1)         # of each label, in nats
     top = made.q.amax(1)
     histogram = entropy.histc(20, 0, math.log(made.q.shape[1]))
@@ -461,8 +462,8 @@ def pictures(codes, images, decode, made, moves, strategy, rule, residual, class
         others, _ = moves(moved[1:], None, generator)
         moved = torch.cat([moved[:1], others])
         how = moves.words()
-    return draw(made.x.cpu(), made.q.cpu(), shown.x.cpu(), shown.q.cpu(), moved.cpu(), how,
-                classes)
+    return draw(made.x.cpu(), made.q.cpu(), shown.x.cpu(), shown.q.cpu(),
+                moved.cpu(), how, classes)
 
 
 def draw_features(data, made, painted, codes, q, classes, groups=12, side=96):
@@ -476,14 +477,16 @@ def draw_features(data, made, painted, codes, q, classes, groups=12, side=96):
         mixed = torch.arange(len(made.q))
     shown = mixed[common.spaced(len(mixed), min(len(mixed), groups))]
     distance = torch.cdist(made.points.z[shown], codes.mu.float())
+    nearest = distance.topk(2, largest=False).indices
     images = []
     shares = []
-    for row, near in zip(shown.tolist(), distance.topk(2, largest=False).indices):
+    for row, near in zip(shown.tolist(), nearest):
         image = F.interpolate(painted[[row]] / 255, (side, side), mode="bicubic")[0]
         images.append(image.clamp(0, 1).expand(3, -1, -1))
         shares.append(made.q[row].cpu())
         for place in near.tolist():
-            images.append(common.square(data.original(int(codes.rows[place])), side))
+            photograph = data.original(int(codes.rows[place]))
+            images.append(common.square(photograph, side))
             shares.append(q[place].cpu())
     fig = common.figure(13, 8)
     gallery(fig, torch.stack(images), torch.stack(shares), classes, groups // 3, 9,
@@ -514,13 +517,14 @@ def command(run, args):
     model = restore(upstream, run.device)
     images = common.Inputs(data, upstream["rows"])[codes.rows]          # or features
     rule = args.label or default_rule(args.strategy, images)
+    encode = functools.partial(encode_all, model, amp=run.amp)
     decode = functools.partial(decode_all, model, amp=run.amp)
     generator = torch.Generator(run.device).manual_seed(run.seed)
     made = make(codes, images, decode, strategy=args.strategy, count=args.count,
                 rule=rule, residual=args.residual, cut=args.cut, moves=moves,
                 generator=generator)
 
-    metrics = measure(made, functools.partial(encode_all, model, amp=run.amp), codes.posterior)
+    metrics = measure(made, encode, codes.posterior)
     classes = common.legible(data.classes)
     content = {"images": made.x.cpu(), "q": made.q.cpu(), "z": made.points.z.cpu()}
     if of_features:

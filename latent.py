@@ -266,7 +266,8 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
     labels = y.clone()
     if not given.all():
         # All have a place in the graph, unless there are very many.
-        among = torch.cat([some_rows(given, SPREAD), some_rows(~given, SPREAD)]).sort()[0]
+        among = torch.cat([some_rows(given, SPREAD), some_rows(~given, SPREAD)])
+        among = among.sort()[0]
         graph = graph_of(places[among], images[among], moves)
         labels[among] = spread_labels(graph, y[among], classes, balanced=of_features)
     known = some_rows(labels >= 0, CODES)
@@ -373,8 +374,9 @@ def calibrate(kind, choices, codes, held_out, classes, limit=500):
     `kind` is Aggregate or Gaussian, codes and held_out are (mu, logvar, y). Of `choices`, that
     is bandwidths or shrinkages, the one of least NLL is taken, then the temperature likewise.
     """
-    some = subsample(len(held_out[2]), limit)           # the choice is coarse: a few settle it
-    few = [part[some.to(part.device)] for part in held_out]
+    _, _, y = held_out
+    some = subsample(len(y), limit).to(y.device)        # the choice is coarse: a few settle it
+    few = [part[some] for part in held_out]
     losses = {}
     for choice in choices:
         posterior = kind.fit(*codes, classes, choice)
@@ -392,7 +394,8 @@ def calibrate_left_out(kind, choice, codes, classes):
     q = left_out(kind, choice, 1.0, *codes, classes)
     posterior.temperature = softness(q, y, posterior.prior)
     q = left_out(kind, choice, posterior.temperature, *codes, classes)
-    return posterior, choice, F.nll_loss(q.clamp(min=1e-12).log(), y.long()).item()
+    nll = F.nll_loss(q.clamp(min=1e-12).log(), y.long())
+    return posterior, choice, nll.item()
 
 
 def left_out(kind, choice, temperature, mu, logvar, y, classes, folds=10, most=5000):
@@ -525,7 +528,8 @@ def left_out_right(graph, rows, y, asked, classes, most=50) -> float:
     """The share of at most so many labels y (n,) of those `asked` that the others predict."""
     asked = some_rows(asked, most)
     columns = torch.arange(len(asked))
-    influence = propagate(graph, F.one_hot(rows[asked], len(graph)).float().T)  # (N,A) of each
+    start = F.one_hot(rows[asked], len(graph)).float().T        # (N,A), one column a label
+    influence = propagate(graph, start)
     one_hot = F.one_hot(y, classes).float()
     every = torch.zeros(len(graph), classes)
     every[rows] = one_hot
@@ -607,14 +611,14 @@ def to_label(q, mu, known, count):
     return undecided[torch.tensor(taken, dtype=torch.long, device=mu.device)]
 
 
-def words(q, classes, most=2) -> str:
-    """Probabilities (K,) in words: the likeliest classes, the likeliest last.
+def words(q, classes) -> str:
+    """Probabilities (K,) in words: the two likeliest classes, the likeliest last.
 
     >>> words([0.2, 0.8], ["cat", "dog"])
     '20% cat + 80% dog'
     """
     order = sorted(range(len(q)), key=q.__getitem__)
-    shown = [c for c in order[-most:] if q[c] >= 0.005]         # below, it would read 0%
+    shown = [c for c in order[-2:] if q[c] >= 0.005]         # below, it would read 0%
     return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in shown)
 
 
@@ -687,6 +691,7 @@ def draw_map(axes, mu, y, classes, posterior, generator, given):
     z = points_between(mu[known], generator)
     q = posterior(z)
     flat = (z - mean) @ directions
+    # Undecided, far from the centres and from each other.
     crosses = to_label(q, flat, torch.stack([*centres.values()]), 20)[:7]
     boxes = draw_crosses(axes, flat[crosses])
     for k in crosses.tolist():
@@ -705,7 +710,8 @@ def points_between(mu, generator, count=4000):
 
 def draw_points(axes, xy, **look):
     """Points (N,2), not so many that they hide each other."""
-    axes.scatter(*xy[:1500].T, **{"alpha": 0.35, "lw": 0.5, "ec": "none", **look})
+    look = {"alpha": 0.35, "lw": 0.5, "ec": "none", **look}
+    axes.scatter(*xy[:1500].T, **look)
 
 
 def ellipse(xy):
@@ -761,7 +767,8 @@ def draw_reliability(axes, metrics):
     for name, style in styles.items():
         rows = metrics[name]["reliability"]
         stated = [row["stated"] for row in rows]
-        axes.plot(stated, [row["observed"] for row in rows], style, ms=5, label=name)
+        observed = [row["observed"] for row in rows]
+        axes.plot(stated, observed, style, ms=5, label=name)
     axes.legend(frameon=False, loc="upper left")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     common.tidy(axes, "Does 30% mean 30%?", "stated percentage",
@@ -801,7 +808,8 @@ def percentage_table(data, parts):
     given = torch.cat([data.labels, data.test_labels])
     for part, (rows, y, q) in parts.items():
         tensors = (rows, given[rows], y, q.argmax(1), q)
-        for row, label, spread_label, best, shares in zip(*map(torch.Tensor.tolist, tensors)):
+        lists = [tensor.tolist() for tensor in tensors]
+        for row, label, spread_label, best, shares in zip(*lists):
             line = [data.names[row], part, names[label], "", names[best]]
             if label < 0:
                 line[1] = "unlabelled"
@@ -824,7 +832,8 @@ def densities(codes, validation, test):
     """
     mu, logvar, y = test
     known = codes.some(some_rows(codes.y >= 0, CODES)).labelled()
-    held_out = [part[subsample(len(part), 2000).to(part.device)] for part in validation]
+    some = subsample(len(validation[2]), 2000).to(y.device)
+    held_out = [part[some] for part in validation]
     prior = codes.posterior.prior
     classes = len(prior)
     narrow = Aggregate.fit(*known, classes, bandwidth=0.0)
@@ -939,8 +948,9 @@ def draw(data, codes, posterior, metrics, generator):
     left, right = fig.subplots(1, 2, width_ratios=[1.45, 1])
     draw_reliability(right, metrics)
     classes = common.legible(data.classes)
-    draw_map(left, codes.mu.cpu(), codes.y.cpu(), classes, restored(posterior.stored()),
-             generator, codes.given.cpu())
+    posterior = restored(posterior.stored())            # on the CPU
+    draw_map(left, codes.mu.cpu(), codes.y.cpu(), classes, posterior, generator,
+             codes.given.cpu())
     return fig
 
 

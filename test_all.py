@@ -510,7 +510,7 @@ def test_words_name_the_likeliest_classes_the_likeliest_last():
     assert latent.words([0.2, 0.001, 0.799], ANIMALS) == "20% cat + 80% eel"
     assert latent.words([0.004, 0.0, 0.996], ANIMALS) == "100% eel"
     assert latent.words([0.006, 0.0, 0.994], ANIMALS) == "1% cat + 99% eel"
-    assert latent.words([0.2, 0.3, 0.5], ANIMALS, most=3) == "20% cat + 30% dog + 50% eel"
+    assert latent.words([0.2, 0.3, 0.5], ANIMALS) == "30% dog + 50% eel"
 
 
 def test_a_subsample_is_sorted_random_and_always_the_same():
