@@ -544,7 +544,7 @@ def command(run, args):
           "entropy on average;\nencoded again, their percentages move by "
           f"{metrics['moved']:.1%} on average")
     if args.export:
-        export(args.export, content["images"], made.q, data.classes)
+        export(args.export, content["images"], content["q"], data.classes)
         print(args.export / "labels.csv")
     print(run.out / "hybrids.png", run.out / "hybrids.pt", sep="\n")
 

@@ -129,7 +129,8 @@ class Aggregate(Posterior):
             terms = log_normal_images(z, logvar.exp(), self.mu, self.variance)
         size = torch.tensor(self.counts, device=z.device)
         if left_out is not None:
-            terms[torch.arange(len(z)), left_out] = -math.inf
+            every = torch.arange(len(z), device=z.device)
+            terms[every, left_out] = -math.inf
             size = size - F.one_hot(self.classes_of(left_out), len(size))       # (M,K)
         columns = [part.logsumexp(1) for part in terms.split(self.counts, 1)]
         return torch.stack(columns, 1) - size.clamp(min=1).log()        # -inf without codes
