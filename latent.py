@@ -968,7 +968,7 @@ def codes_of(run, data, model, rows, images, sources):
     if data.features is not None:
         places = model.project(images)
     elif without:
-        moves = Deformations.restore(common.load(run, "deform", run.device), run.device)
+        moves = Deformations.restore(common.load(run, "deform", run.device))
         sources.append(run.out / "deform.pt")
     if without:
         common.say(f"spreading labels among {len(rows):,} images")
