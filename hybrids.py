@@ -27,6 +27,7 @@ import torch.nn.functional as F
 STRATEGIES = ("between", "around", "prior", "images")
 RULES = ("product", "density", "weight")
 COUNT = 20_000                          # hybrids, unless told otherwise
+MIXED = 0.9                             # of one class: a hybrid of less is mixed
 LINES = 2000                            # most pairs that are brought into register
 
 
@@ -356,15 +357,17 @@ def parse_args(argv=None):
 def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids look like?"):
     """Images on a figure, their percentages below as a bar and as words.
 
-    Where there are more than places, some at even distances, in the order of their classes.
+    Where there are more than places, some mixed ones, in the order of their classes.
     """
     import common
     from latent import words
-    headline(figure, title)
     shown = torch.arange(len(q))
     if len(q) > rows * columns:
-        shown = common.spaced(len(q), rows * columns)
+        share = (q.amax(1) < MIXED).float().mean()
+        title += f"  {share:.0%} are less than {MIXED:.0%} one class; some of these"
+        shown = mixed_rows(q, rows * columns)
         shown = shown[q[shown].argmax(1).argsort(stable=True)]
+    headline(figure, title)
     for axes, image, row in zip(figure.subplots(rows, columns).flat, x[shown], q[shown]):
         text = words(row, classes)
         if len(text) > 22:
@@ -375,6 +378,14 @@ def gallery(figure, x, q, classes, rows=1, columns=9, title="What do the hybrids
         colours = [common.COLOURS[k % 10] for k in c.tolist()]
         axes.barh(-0.09, share, 0.07, share.cumsum(0) - share, transform=axes.transAxes,
                   clip_on=False, color=colours, edgecolor="white", linewidth=0.5)
+
+
+def mixed_rows(q, count):
+    """`count` rows of q (M,K) that are less than MIXED one class, or else the most mixed."""
+    import common
+    top = q.amax(1)
+    order = top.argsort()[:max(count, int((top < MIXED).sum()))]
+    return order[common.spaced(len(order), min(count, len(order)))]
 
 
 def headline(figure, title):
@@ -439,7 +450,7 @@ def measure(made, encode, posterior) -> dict:
     histogram = entropy.histc(20, 0, math.log(made.q.shape[1]))
     return {"entropy": entropy.mean().item(), "temperature": posterior.temperature,
             "moved": moved.mean().item(), "top": top.mean().item(),
-            "mixed": (top < 0.9).float().mean().item(), "histogram": histogram.tolist()}
+            "mixed": (top < MIXED).float().mean().item(), "histogram": histogram.tolist()}
 
 
 def pictures(codes, images, decode, made, moves, strategy, rule, residual, classes, seed):
@@ -472,10 +483,7 @@ def draw_features(data, made, painted, codes, q, classes, groups=12, side=96):
     painted (M,C,h,w) are pictures of the points, q (N,K) the percentages of the codes.
     """
     import common
-    mixed = (made.q.amax(1) < 0.9).nonzero()[:, 0]
-    if len(mixed) == 0:
-        mixed = torch.arange(len(made.q))
-    shown = mixed[common.spaced(len(mixed), min(len(mixed), groups))]
+    shown = mixed_rows(made.q, groups)
     distance = torch.cdist(made.points.z[shown], codes.mu.float())
     nearest = distance.topk(2, largest=False).indices
     images = []

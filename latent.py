@@ -613,14 +613,17 @@ def to_label(q, mu, known, count):
 
 
 def words(q, classes) -> str:
-    """Probabilities (K,) in words: the two likeliest classes, the likeliest last.
+    """Probabilities (K,) in words: the two likeliest classes, the likelier one last.
 
     >>> words([0.2, 0.8], ["cat", "dog"])
     '20% cat + 80% dog'
     """
     order = sorted(range(len(q)), key=q.__getitem__)
     shown = [c for c in order[-2:] if q[c] >= 0.005]         # below, it would read 0%
-    return " + ".join(f"{100 * q[c]:.0f}% {classes[c]}" for c in shown)
+    parts = [f"{100 * q[c]:.0f}% {classes[c]}" for c in shown]
+    if sum(q[c] for c in shown) < 0.95:
+        parts.append("others")
+    return " + ".join(parts)
 
 
 # ---- command --------------------------------------------------------------------------------
