@@ -4938,8 +4938,8 @@ def test_the_elbo_of_a_linear_gaussian_model_is_its_log_likelihood(given, width,
 
 
 @pytest.mark.parametrize("rows, features, times, count", [
-    (300, 40, 1, 40), (20, 60, 1, 19), (400, 150, 1, 128), (140, 200, 1, 128), (2, 5, 1, 1),
-    (15, 60, 2, 14), (15_000, 6, 2, 6)], ids=str)       # pictures that are there twice
+    (300, 40, 1, 40), (20, 60, 1, 19), (400, 150, 1, 128), (2, 5, 1, 1), (15, 60, 2, 14),
+    (15_000, 6, 2, 6)], ids=str)        # pictures that are there twice
 def test_the_directions_are_the_principal_ones_the_widest_first(rows, features, times, count):
     x = noise(rows, features) * torch.linspace(1, 4, features)
     x = x[x[:, 0].argsort()] - x.mean(0)                # in order, as folders are
@@ -4982,14 +4982,15 @@ def test_the_weights_of_a_classifier_of_features_cost_half_their_square():
     row = next(cnn.fit(model, lambda *_: (x, q), steps=1, lr=0.0, generator=seeded()))
     nats = -(q * (x @ noise(3, 6).T).log_softmax(1)).sum(1).mean()
     assert row["loss"] == approx(float(nats + 0.7 / 2 * noise(3, 6).square().sum()), rel=1e-5)
-    assert cnn.penalty(cnn.CNN(1, 3)) == 0
-    # Trained, it is where the gradient of loss and cost vanishes: a logistic regression.
+
+
+def test_a_trained_classifier_of_features_is_a_logistic_regression():
     x = noise(90, 100)
     q = cnn.one_hot((x[:, :3] + noise(90, 3, seed=1)).argmax(1), 3)
     model, rows = cnn.train(x, q, steps=800)
     list(rows)
     slope = (cnn.predict(model, x).softmax(1) - q).T @ x / 90 + 0.03 * model.head.weight
-    assert slope.abs().mean() < 0.002
+    assert slope.abs().mean() < 0.002   # the gradient of loss and cost vanishes
 
 
 def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_ends():
@@ -5000,7 +5001,6 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
     def decode(z):
         return 4 * z @ noise(3, 10, seed=2)
 
-    assert len(latent.Gaussian.fit(mu, logvar, y, 3)(mu[:0], logvar[:0])) == 0
     for strategy in hybrids.STRATEGIES:
         made = hybrids.make(where, x, decode, strategy=strategy, count=50, generator=seeded())
         assert torch.equal(made.q, where.posterior(made.points.z)) and len(made.x[0]) == 10
@@ -5020,8 +5020,9 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
 
     # A mixer does the same of a batch: by hand, its random numbers in this order.
     g = seeded()
-    mixed, q = hybrids.HybridMixer(lambda _: (mu, logvar), decode, where.posterior,
-                                   generator=seeded())(x, y)
+    mixer = hybrids.HybridMixer(lambda _: (mu, logvar), decode, where.posterior,
+                                generator=seeded())
+    mixed, q = mixer(x, y)
     j = hybrids.partners(y, torch.arange(40), 0.3, g)
     t = hybrids.random_weights(40, 4, "cpu", g)
     decoded = torch.rand(40, generator=g) < 0.5
@@ -5078,17 +5079,15 @@ def test_features_are_made_once_and_kept_in_parts(visit, monkeypatch):
         if done == 30:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Progress, "__call__", stop)
-        with pytest.raises(KeyboardInterrupt):
-            features()
+        features()
     data, made, shown = features()      # the two parts that were finished are kept
     assert shown == 30 + 48 and len(made) == 68 and made.dtype == torch.half
     close(made.float(), oracle(Path("photos", name) for name in data.names), atol=1e-3, rtol=0)
     assert features()[2] == 0 and not unfinished(Path("new"))
 
     parts = sorted(Path("new").glob("features-*.npz"), key=os.path.getmtime)
-    assert len(parts) == 7
     parts[0].write_bytes(parts[0].read_bytes()[:-30])   # a damaged one is made anew
     _, again, shown = features()
     assert shown == 10 and torch.equal(again, made)
@@ -5118,17 +5117,16 @@ def test_every_hybrid_is_shown_beside_the_two_nearest_photographs(visit, monkeyp
     monkeypatch.setattr(hybrids, "gallery", lambda *words, **_: sheets.append(words[1:3]))
     data = dataset("photos", "out")
     saved = read("out/latent.pt")
-    mu = saved["mu"]
-    rows = (made["q"].amax(1) < 0.9).nonzero()[:14, 0]
-    q = made["q"][rows].index_fill(0, torch.arange(2), 1.0)     # not mixed: they are left out
-    few = hybrids.Hybrids(made["features"][rows], q, hybrids.Points(made["z"][rows]))
+    rows = (made["q"].amax(1) < 0.9).nonzero()[:12, 0]
+    few = hybrids.Hybrids(made["features"][rows], made["q"][rows],
+                          hybrids.Points(made["z"][rows]))
     hybrids.draw_features(data, few, made["images"][rows], latent.Codes.restore(saved),
                           saved["q"], data.classes)
     (images, shares), = sheets
     photographs = torch.stack([common.square(data.original(row), 96) for row in saved["rows"]])
-    for k, z in enumerate(few.points.z[2:]):
-        assert torch.equal(shares[3 * k], q[2 + k])
-        distance = (mu - z).norm(dim=1)
+    for k, z in enumerate(few.points.z):
+        assert torch.equal(shares[3 * k], few.q[k])
+        distance = (saved["mu"] - z).norm(dim=1)
         for j in (1, 2):
             place, = (photographs == images[3 * k + j]).flatten(1).all(1).nonzero()[:, 0]
             close(distance[place], distance.sort()[0][j - 1], atol=0.02, rtol=0)
@@ -5196,13 +5194,11 @@ def test_work_on_pixels_and_on_several_networks_is_kept_apart(visit, undrawn, ca
             "--jobs", 1]
     assert run(*grid) == run(*grid, "--backbone", "net.py") == 0
     assert run("deform", *words) == 0   # of the pixels, too: a VAE of features does not mind
-    train = ["vae", *words, "--backbone", "net.py", "--steps", 3, "--resume"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(common, "save", None)             # it ends before the work is finished
-        run(*train)
+    train = [*words, "--backbone", "net.py", "--steps", 3]
+    interrupted(Path("other"), "vae", 1, *train)
     Path("net.py").write_text(CHANGED)
     capsys.readouterr()
-    assert run(*train) == 0
+    assert run("vae", *train, "--resume") == 0
     said = capsys.readouterr().err
     assert re.search(r"vae.last.pt is not resumed \(backbone \w{16}, now \w{16}\)", said)
     assert "the network sees grey pictures in three equal channels" in said
@@ -5218,16 +5214,15 @@ def test_a_network_by_its_name_with_its_own_preprocessing_and_where_its_file_bel
     weights = models.get_model_weights(name).DEFAULT
     place = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)        # no connection
-    words = ["-o", "out", "--backbone", name]
-    assert run("vae", *words) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"{place} is missing" in said and f"put the file of {weights.url} there" in said
+    words = ["vae", "-o", "out", "--backbone", name]
+    line = last_line(capsys, *words)
+    assert f"{place} is missing" in line and f"put the file of {weights.url} there" in line
     place.write_bytes(b"half of it")
-    assert f"{place} is damaged" in mistake(capsys, "vae", *words)
+    assert f"{place} is damaged" in mistake(capsys, *words)
 
     plain = models.mobilenet_v3_small()
     torch.save(plain.state_dict(), place)
-    assert run("vae", *words, "--steps", 3) == 0
+    assert run(*words, "--steps", 3) == 0
     data = dataset("photos", "out", "--backbone", name)
     plain.eval().classifier[3] = torch.nn.Identity()
     pictures = [Image.open(Path("photos", name)) for name in data.names[-10:]]
@@ -5246,14 +5241,10 @@ BAD = "vae --backbone bad.py"
     # bad.py, or another net.py; a command; its line.
     (None, BAD, "--backbone bad.py: there is no such file"),
     ("SIZE = 24", BAD, "module 'backbone' has no attribute 'Backbone'" + WANTED),
-    (HEAD.replace("SIZE", "SIDE") + "    pass", BAD, "no attribute 'SIZE'" + WANTED),
     ("import json\n\njson.loads('[1,')", BAD, "bad.py, line 3: JSONDecodeError: "),
     ("SIZE = 24\nclass Backbone(:\n", BAD, "bad.py, line 2: SyntaxError: "),
-    ("SIZE = 24\nclass Backbone:\n    pass", BAD, "bad.py: Backbone is no torch.nn.Module"),
     (SEES + "x @ torch.zeros(3, 3)", BAD, "bad.py, line 7: RuntimeError: "),
-    (SEES + "(x, x)", BAD, "bad.py: AttributeError: 'tuple' object has no attribute 'shape'"),
     (SEES + "x", BAD, "bad.py makes features (50, 3, 24, 24) of images (50, 3, 24, 24); "),
-    (SEES + "x.flatten(1)[1:]", BAD, "bad.py makes features (49, 1728) of images (50, 3, 24"),
     (SEES + "x.flatten(1) / 0", BAD, "bad.py makes features that are not finite"),
     (SEES + "torch.ones(len(x), 5)", BAD, "the features of all pictures are the same"),
     (CHANGED, "latent --backbone net.py", "vae.pt is of another network than net.py is now;"),
@@ -5264,7 +5255,6 @@ BAD = "vae --backbone bad.py"
     (None, "vae --backbone xyz", "no such network in torchvision.models, and no file .py"),
     (None, "deform --backbone net.py", "features do not move: with --backbone begin with vae"),
     (None, "cnn --augment", "features do not move; leave out --augment and --deform"),
-    (None, "cnn --deform", "features do not move; leave out --augment and --deform"),
     (None, "compare --sizes 12 --arms real cutmix deform", "cannot be cut: no cutmix, deform"),
     (None, "hybrids --cut", "features cannot be cut; leave out --cut")])
 def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, capsys):
@@ -5275,11 +5265,8 @@ def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, 
 
 @pytest.mark.parametrize("changes, line", [
     ({"f_test": None}, "f_test is not of as many images as x_test"),
-    ({"f_train": noise(199, 12).numpy(), "f_test": noise(61, 12).numpy()},
-     "f_train is not of as many images as x_train"),
     ({"f_test": noise(60, 11).numpy()}, "along dimension 1"),
-    ({"f_test": np.full((60, 12), np.nan)}, "features of shape (260, 12), or NaN"),
-    ({"f_train": np.zeros(200), "f_test": np.zeros(60)}, "features of shape (260,), or NaN")])
+    ({"f_test": np.full((60, 12), np.nan)}, "features of shape (260, 12), or NaN")])
 def test_wrong_features_of_a_file_end_in_one_line(changes, line, tmp_path, capsys):
     file = with_features(tmp_path / "own.npz", **changes)
     assert line in mistake(capsys, "vae", "--dataset", file, "-o", tmp_path / "out")
