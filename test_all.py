@@ -38,7 +38,6 @@ from PIL import Image
 from PIL import ImageChops
 from torch import distributions as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils import _pytree as pytree
 
 import cnn
 import common
@@ -412,12 +411,6 @@ def test_many_points_have_the_densities_that_each_has_alone(more):
     for i in range(5):
         own = {name: value[[i]] for name, value in more.items()}
         close(together[[i]], posterior.log_density(z[[i]], **own))
-    if "logvar" in more:                # of a Gaussian 204 images are taken at a time
-        gaussian = latent.Gaussian.fit(*codes(200, 64, 10), 10)
-        z, own, _ = codes(300, 64, seed=1)
-        some = [0, 203, 204, 299]
-        alone = torch.cat([gaussian.log_density(z[[i]], own[[i]]) for i in some])
-        close(gaussian.log_density(z, own)[some], alone, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fit, quantile", [
@@ -467,13 +460,6 @@ def test_a_labeller_is_as_soft_as_its_accuracy_above_guessing(known, told, least
     skill = ((right.float().mean() - guess) / (1 - guess)).item()
     assert least <= skill <= most
     assert posterior.temperature == approx(1 / max(skill, 0.03), rel=1e-4)
-
-
-def test_words_name_the_likeliest_classes_the_likeliest_last():
-    assert latent.words([0.2, 0.001, 0.799], ANIMALS) == "20% cat + 80% eel"
-    assert latent.words([0.004, 0.0, 0.996], ANIMALS) == "100% eel"
-    assert latent.words([0.006, 0.0, 0.994], ANIMALS) == "1% cat + 99% eel"
-    assert latent.words([0.2, 0.3, 0.5], ANIMALS, most=3) == "20% cat + 30% dog + 50% eel"
 
 
 def test_a_subsample_is_sorted_random_and_always_the_same():
@@ -770,21 +756,6 @@ def test_pseudo_labels_are_soft_where_asked_or_where_the_labeller_is():
         assert torch.equal(guessed, torch.arange(120) % 3 > 0)
         hard = F.one_hot(CLASSES[guessed], 3).float()
         assert torch.equal(q, found.posterior(found.mu[guessed]) if soft else hard)
-
-
-def test_labels_are_spread_among_so_many_images_of_a_kind_and_the_labeller_has_so_many_codes(
-        monkeypatch):
-    assert (latent.SPREAD, latent.CODES) == (60_000, 20_000)
-    monkeypatch.setattr(latent, "SPREAD", 30)           # of 40 with and 80 without a label
-    monkeypatch.setattr(latent, "CODES", 50)
-    mu, logvar, _, given, *_ = half_labelled()
-    found = latent.embed(*half_labelled(), Moving(1.0))
-    known = found.y >= 0
-    assert torch.equal(found.y[known], CLASSES[known])
-    assert known[given >= 0].all() and known.sum() == 40 + 30
-    some = known.nonzero()[:, 0][latent.subsample(70, 50)]
-    wanted = latent.fit_labeller(mu[some], logvar[some], CLASSES[some], 3)
-    assert torch.equal(found.posterior(mu), wanted(mu))
 
 
 @pytest.mark.parametrize("q, y, found, claimed", [
@@ -1109,10 +1080,10 @@ def affine_only(*kept, height=16, width=16, bend=0.0):
 
 
 @pytest.mark.parametrize("kept, height, width", [
-    ("degrees", 17, 17), ("degrees", 17, 41), ("degrees", 41, 17), ("shear", 17, 17),
-    ("shear", 17, 41), ("degrees shear", 17, 21), ("scale", 17, 17), ("shift", 21, 41)])
+    ("degrees", 17, 17), ("degrees", 17, 41), ("degrees", 41, 17), ("shear", 17, 41),
+    ("scale", 17, 17), ("shift", 21, 41)])
 def test_affine_turns_shears_stretches_and_shifts_evenly_up_to_its_limits(kept, height, width):
-    seen = affine_only(*kept.split(), height=height, width=width)
+    seen = affine_only(kept, height=height, width=width)
     row, column = height // 2, width // 2
     centre = seen[:, :, row, column]
     a, c = (seen[:, :, row, column + 1] - centre).T     # a step to the right
@@ -1124,13 +1095,10 @@ def test_affine_turns_shears_stretches_and_shifts_evenly_up_to_its_limits(kept, 
     drawn, wanted = {
         "degrees": ([turn.rad2deg() / 15], (turn.cos(), -turn.sin(), turn.sin(), turn.cos())),
         "shear": ([b / 0.15], (one, b, no, one)),
-        "degrees shear": ([], (a, b, c, d)),            # any, but see below
         "scale": ([a.log() / 0.15, d.log() / 0.15], (a, no, no, d)),
         "shift": ([10 * right / width, 10 * down / height], (one, no, no, one))}[kept]
     close((a, b, c, d), wanted, atol=1e-4, rtol=0)
-    if kept != "scale":                 # turning and shearing keep the area
-        close(a * d - b * c, one, atol=1e-4, rtol=0)
-    if kept != "shift":                 # and all the middle
+    if kept != "shift":                 # all else keeps the middle
         close((right, down), (no, no), atol=1e-4, rtol=0)
     for values in drawn:
         assert values.abs().max() <= 1.001
@@ -1580,13 +1548,11 @@ def test_images_move_by_flows_of_their_own_and_gently_a_part_stays_as_it_was(str
 
 @pytest.mark.parametrize("strength, mirror, words", [
     (0.0, False, "no deformations"), (0.0, True, "no deformations, mirrored or not"),
-    (0.25, False, "deformations of strength 0.25"),
     (1.0, True, "deformations of strength 1, mirrored or not")])
 def test_deformations_in_words_and_restored_from_their_fields(strength, mirror, words):
     moves = deformations(strength, mirror, 12, 20)
-    assert moves.words() == words
     again = deform.Deformations.restore({"deformations": moves.fields()})
-    assert again.words() == words
+    assert again.words() == moves.words() == words
     assert torch.equal(again.sample(5, seeded()), moves.sample(5, seeded()))
 
 
@@ -1753,20 +1719,15 @@ def test_every_weight_is_trained_at_a_rate_that_rises_over_15_hundredths_and_fal
 @NETWORKS
 @pytest.mark.parametrize("steps, how, ends", [
     (12, {"rounds": 4}, [3, 6, 9, 12]), (3, {"rounds": 10}, [1, 2, 3]),
-    (7, {"rounds": 2}, [4, 7]), (20, {}, list(range(2, 21, 2)))])
+    (7, {"rounds": 2}, [4, 7])])
 def test_a_row_tells_where_its_round_ends_and_how_fast_it_was(
         module, steps, how, ends, monkeypatch):
     seconds = itertools.count()         # a clock that is looked at twice a round
     monkeypatch.setattr(module.time, "perf_counter", seconds.__next__)
-    model, next_batch, _ = tiny_training(module)
-    told = []
-    rows = module.fit(model, lambda *asked: told.append(asked[1:]) or next_batch(*asked),
-                      steps=steps, generator=seeded(), **how)
+    _, _, rows = tiny_training(module, steps=steps, **how)
     rows = list(rows)
     assert [row["step"] for row in rows] == [row["state"]["step"] for row in rows] == ends
     assert [row["images_per_second"] for row in rows] == list(8 * np.diff([0, *ends]))
-    # The classifier's batches are told how much is over.
-    assert told == [(k / steps,) if module is cnn else () for k in range(steps)]
 
 
 @pytest.mark.parametrize("module, how, weights", [
@@ -1837,27 +1798,6 @@ def test_a_loss_that_is_not_finite_is_told_with_its_steps(module):
         weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="not finite between steps 3 and 6"):
         next(rows)
-
-
-@pytest.mark.parametrize("how, dtype", [({"amp": True}, torch.bfloat16), ({}, torch.float32)])
-def test_networks_compute_in_the_precision_asked_for_and_answer_in_32_bits(how, dtype):
-    x, _ = easy(9)
-    model, _, rows = tiny_training(vae, steps=1, rounds=1, **how)
-    classifier, _, more_rows = tiny_training(cnn, steps=1, rounds=1, **how)
-    seen = set()
-    for layer in (*model.modules(), *classifier.modules()):
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda layer, args, out: seen.add(out.dtype))
-    for ask in (lambda: next(rows)["state"]["model"],
-                lambda: next(more_rows)["state"]["model"],
-                lambda: vae.evaluate(model, x, generator=seeded(), **how),
-                lambda: vae.encode_all(model, x, **how),
-                lambda: vae.decode_all(model, torch.zeros(9, 4), **how),
-                lambda: cnn.predict(classifier, x, **how)):
-        seen.clear()
-        found = pytree.tree_leaves(ask())
-        assert seen == {dtype}
-        assert not any(part.dtype == torch.bfloat16 for part in found if torch.is_tensor(part))
 
 
 def test_more_images_take_more_steps_and_colour_twice_as_many():
@@ -2018,14 +1958,6 @@ def test_images_of_any_kind_of_number_are_read_alike(dtype):
     close(deform.coarse(others.expand(-1, 3, -1, -1)), deform.coarse(x), atol=0.01, rtol=0)
 
 
-OUTSIDE = pytest.mark.parametrize("spoil", [
-    lambda x: x.float(), lambda x: x / 127.5 - 1, lambda x: x / 255 * 1.2,
-    lambda x: x / 255 * math.nan, lambda x: x.int() + 100, lambda x: x.long() - 100],
-    ids=["bytes as floats", "from -1 to 1", "above 1", "NaN", "above 255", "below 0"])
-REFUSED = r"images span \S+ to \S+; wanted floats in .0, 1., or uint8"
-
-
-@OUTSIDE
 @pytest.mark.parametrize("ask", [
     lambda x: vae.encode_all(tiny_training(vae)[0], x),
     lambda x: vae.evaluate(tiny_training(vae)[0], x, generator=seeded()),
@@ -2035,8 +1967,12 @@ REFUSED = r"images span \S+ to \S+; wanted floats in .0, 1., or uint8"
     lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded()),
     lambda x: deformations().distances(x, torch.zeros(9, 1).long())],
     ids=["encode", "evaluate", "vae.batches", "predict", "cnn.batches", "fit", "distances"])
+@pytest.mark.parametrize("spoil", [
+    lambda x: x.float(), lambda x: x / 127.5 - 1, lambda x: x / 255 * 1.2,
+    lambda x: x / 255 * math.nan, lambda x: x.int() + 100, lambda x: x.long() - 100],
+    ids=["bytes as floats", "from -1 to 1", "above 1", "NaN", "above 255", "below 0"])
 def test_images_outside_their_range_are_refused(ask, spoil):
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match=r"images span .* wanted floats in .0, 1., or uint8"):
         ask(spoil(easy(9)[0]))
 
 
@@ -2048,8 +1984,6 @@ def state():
     return (str(random.getstate()), str(numpy.random.get_state()),
             torch.get_rng_state().tolist(), torch.get_num_threads(),
             torch.get_default_dtype(), list(sys.argv), dict(os.environ),
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())
 before = state()
 for name in "common deform vae latent hybrids cnn compare".split():
@@ -2120,8 +2054,7 @@ def test_latent_works_alone(alone):
         assert latent.words(q, ["cat", "dog"]) == "50% cat + 50% dog"
 
 
-@pytest.mark.parametrize("strategy", hybrids.STRATEGIES)
-def test_hybrids_work_alone(alone, strategy):
+def test_hybrids_work_alone(alone):
     def undecided(z):                   # all that hybrids ask of a posterior
         return torch.full((len(z), 2), 0.5)
 
@@ -2130,8 +2063,7 @@ def test_hybrids_work_alone(alone, strategy):
     known = SimpleNamespace(mu=mu, logvar=mu, y=torch.arange(6) % 2, posterior=undecided)
     made = alone("hybrids").make(
         known, random_pixels(6, 1, 16, 16), lambda z: z.new_zeros(len(z), 1, 16, 16),
-        strategy=strategy, count=10, rule="density" if strategy == "prior" else "product",
-        moves=deformations(), generator=seeded())
+        count=10, moves=deformations(), generator=seeded())
     assert made.x.shape == (10, 1, 16, 16)
     close(made.q.sum(1), torch.ones(10))
 
@@ -2452,12 +2384,11 @@ def noisy(root, classes=("bird", "fish"), per_class=10, seed=0):
 
 # Folders of two classes, or of none, and how many pictures there are of each.
 @pytest.mark.parametrize("given", [
-    {"": 13}, {"": 3}, {"train": 13, "dev": 2}, {"train": 10, "val": 2},
-    {"Training": 10, "TEST": 3}, {"train": 10, "Validation": 2, "Testing": 3},
-    {"": 13, "unlabelled": 3}, {"train": 10, "test": 2, "unlabelled": 3},
-    {"train": 13, "train/unlabelled": 3}, {"train": 12, "UNLABELLED/a/b": 3, "UNLABELLED": 3},
-    {"train": 14, "unlabelled": 3, "train/unlabelled": 3},
-    {"": 10, "unlabelled": 0}, {"": 10, "Unlabeled": 3}])
+    {"": 13}, {"": 3}, {"train": 13, "dev": 2}, {"Training": 10, "TEST": 3},
+    {"train": 10, "Validation": 2, "Testing": 3}, {"": 13, "unlabelled": 3},
+    {"train": 10, "test": 2, "unlabelled": 3},
+    {"train": 12, "UNLABELLED/a/b": 3, "UNLABELLED": 3},
+    {"train": 14, "unlabelled": 3, "train/unlabelled": 3}, {"": 10, "unlabelled": 0}])
 def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given, monkeypatch):
     monkeypatch.setattr(common, "FEW", 10)
     root = tmp_path / "zoo"
@@ -2478,13 +2409,13 @@ def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given, 
     every = torch.arange(len(data.names))
     found = {"train": data.labelled(), "validation": data.validation,
              "unlabelled": data.unlabelled(), "test": every[len(data.images):]}
-    images = torch.cat([data.images, data.test_images])
     labels = every_label(data)
+    images = torch.cat([data.images, data.test_images])
     for part, rows in found.items():
         files = [data.names[row] for row in rows]
         assert {file: labels[file] for file in files} == wanted[part]
-        pixels = [common.read_image(root / file, (32, 32)) for file in files]
-        assert not files or np.array_equal(images[rows], pixels)
+        for row, file in zip(rows, files):
+            assert np.array_equal(images[row], common.read_image(root / file, (32, 32)))
 
 
 def every_label(data):
@@ -2810,12 +2741,6 @@ def test_a_picture_of_the_same_shape_is_left_as_it_is(tmp_path, height, width, c
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / "a.png")
         like, _ = common.read_like(tmp_path / "a.png", data.facts())
         assert torch.equal(like[0], image)
-    side = max(height, width)           # of another shape they are cut, and not stretched
-    square = noise_images(1, side, side)[0]
-    Image.fromarray(square).save(tmp_path / "a.png")
-    like, _ = common.read_like(tmp_path / "a.png", data.facts())
-    top, left = (side - height) // 2, (side - width) // 2
-    assert np.array_equal(like[0, 0], square[top:top + height, left:left + width])
 
 
 @pytest.mark.parametrize("part", ["x_train", "x_test", "x_unlabelled"])
@@ -3324,15 +3249,11 @@ def opened(script, *words):
 
 
 def note_chain(out, words, hybrid_words):
-    """A chain in plain float32, and what reached its trainings and its pictures."""
+    """A chain in plain float32, and what reached its trainings."""
     noted = SimpleNamespace(out=out)
     with pytest.MonkeyPatch.context() as patch:
         leave_blank(patch)
         noted.moves = note_moves(patch, 0.5, True)
-        drawn = {kind: note_calls(patch, SCRIPTS[kind], "draw")
-                 for kind in ("deform", "vae", "hybrids", "cnn")}
-        for name in ("draw_map", "draw_reliability"):
-            drawn[name] = note_calls(patch, latent, name)
         fits = {kind: note_fits(patch, SCRIPTS[kind]) for kind in ("vae", "cnn")}
         trained = note_calls(patch, cnn, "train")
         assert run("deform", "-o", out, *words) == 0
@@ -3344,7 +3265,6 @@ def note_chain(out, words, hybrid_words):
     noted.vae, = fits["vae"]
     noted.cnn, = fits["cnn"]
     noted.trained, = trained
-    noted.drawn = {kind: calls[0].given for kind, calls in drawn.items()}
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.model = vae.restore(noted.files["vae"])
     noted.classifier = cnn.restore(noted.files["cnn"])
@@ -3455,6 +3375,8 @@ def test_networks_compute_in_the_arithmetic_asked_for(bare, monkeypatch, script)
     words = ["--arms", "real+hybrid", "latent posterior"] if script == "compare" else []
     assert run(script, "-o", bare, *STEMS[script], OTHER_AMP, *words) == 0
     assert set(states) == (set() if script == "deform" else {not usual})
+    for file in bare.glob("*.pt"):      # what is kept has 32 bits
+        assert b"BFloat16Storage" not in file.read_bytes()
 
 
 def test_the_scores_in_files_are_those_of_the_images_that_they_name(seen):
@@ -3480,22 +3402,19 @@ def test_the_density_with_the_lower_held_out_nll_speaks(seen):
     saved = seen.files["latent"]
     metrics = saved["metrics"]
     known = saved["mu"], saved["logvar"], saved["y"]
-    y = seen.data.labels[seen.data.validation]
-    held_out = (*vae.encode_all(seen.model, seen.data.images[seen.data.validation]), y)
+    validation = seen.data.validation
+    held_out = vae.encode_all(seen.model, seen.data.images[validation])
     test = vae.encode_all(seen.model, seen.data.test_images)
-    narrow = latent.Aggregate.fit(*known, 3, bandwidth=0.0)(*test)
-    priors = (saved["y"].bincount() / len(saved["y"])).expand(60, 3)
-    said = {"class priors": priors, "encoder's width": narrow}
     found = {}
     for name, (kind, choices, _) in latent.KINDS.items():
-        posterior, choice, nll = latent.calibrate(kind, choices, known, held_out, 3)
+        posterior, choice, nll = latent.calibrate(
+            kind, choices, known, (*held_out, seen.data.labels[validation]), 3)
         found[nll] = posterior, kind, choice
-        said[name] = posterior(*test)
         wanted = {"choice": choice, "temperature": posterior.temperature}
         assert metrics[name].items() >= wanted.items()
         assert metrics[name]["held_out_nll"] == approx(nll, rel=1e-3)
-    for name, q in said.items():
-        for key, value in common.scores(q, seen.data.test_labels).items():
+        scores = common.scores(posterior(*test), seen.data.test_labels)
+        for key, value in scores.items():
             assert metrics[name][key] == approx(value, abs=1e-3)
     posterior, kind, choice = found[min(found)]
     speaking = latent.restored(saved["percentages"])
@@ -3522,38 +3441,7 @@ def test_every_kind_of_hybrid_is_made_as_asked(bare, monkeypatch, words, told):
     assert ("moves" in told) == ("deform" not in made_from)
 
 
-@pytest.mark.parametrize("words, text", [
-    ("vae --steps 40", "= {test[negative_elbo]:.1f} nats"),
-    ("vae --steps 30 --beta 1000", "the latent space has collapsed"),
-    ("hybrids --count 50", "move by {moved:.1%} on average"),
-    ("cnn --steps 3", "accuracy {accuracy:.2%}")])
-def test_a_script_says_what_its_file_says(bare, capsys, words, text):
-    script, *words = words.split()
-    assert run(script, "-o", bare, *words) == 0
-    printed = capsys.readouterr().out
-    assert text.format(**facts_of(bare, script)["metrics"]) in printed
-    assert ("collapsed" in printed) == ("--beta" in words)
-
-
 # ---- what the pictures show -----------------------------------------------------------------
-
-def test_pictures_are_drawn_of_what_the_files_hold(seen):
-    files = seen.files
-    history, model, *_ = seen.drawn["vae"]
-    assert history == files["vae"]["metrics"]["history"]
-    assert same(model.state_dict(), files["vae"]["model"])
-    x, q, *_ = seen.drawn["hybrids"]
-    assert torch.equal(x, files["hybrids"]["images"])
-    assert torch.equal(q, files["hybrids"]["q"])
-    history, q, y, _ = seen.drawn["cnn"]
-    assert history == files["cnn"]["metrics"]["history"]
-    assert torch.equal(y, seen.data.test_labels)
-    close(q, cnn.predict(seen.classifier, seen.data.test_images).softmax(1))
-    _, mu, y, _, posterior, *_ = seen.drawn["draw_map"]
-    assert torch.equal(mu, files["latent"]["mu"])
-    assert torch.equal(y, files["latent"]["y"])
-    close(posterior(mu), latent.restored(files["latent"]["percentages"])(mu))
-
 
 # ---- what reaches the classifier, and when --------------------------------------------------
 
@@ -3872,8 +3760,8 @@ def test_an_arm_is_trained_on_its_subset_as_it_is_named_for(grey):
         assert torch.equal(images, grey.images)
         assert torch.equal(q, one_hot(grey.labels))
         assert seed == 3
-        assert call.told["share"] == (
-            (1.0, 1.0) if arm in ("hybrid only", "mixup+pseudo only") else (1.0, 0.0))
+        only = arm in ("hybrid only", "mixup+pseudo only")
+        assert call.told["share"] == ((1.0, 1.0) if only else (1.0, 0.0))
         augmentation = grey.moves if augmentation == "moves" else augmentation
         assert call.told["augmentations"] == ([augmentation] if augmentation else []), arm
         found = call.told["mix"]
@@ -5018,18 +4906,6 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
     close(made, torch.where(decoded[:, None], bent, line), atol=1e-4, rtol=0)
     assert made.min() < -5 and made.max() > 5
 
-    # A mixer does the same of a batch: by hand, its random numbers in this order.
-    g = seeded()
-    mixer = hybrids.HybridMixer(lambda _: (mu, logvar), decode, where.posterior,
-                                generator=seeded())
-    mixed, q = mixer(x, y)
-    j = hybrids.partners(y, torch.arange(40), 0.3, g)
-    t = hybrids.random_weights(40, 4, "cpu", g)
-    decoded = torch.rand(40, generator=g) < 0.5
-    points = hybrids.interpolate(mu, torch.arange(40), j, t, decoded)
-    close(mixed, hybrids.render(points, where, x, decode))
-    close(q, hybrids.label("product", points, where))
-
 
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory):
@@ -5157,15 +5033,7 @@ def test_scripts_on_features_make_what_is_compared(few, loose, visit, undrawn, c
     source = ["--dataset", "photos", "--backbone", "net.py", "--latent-dim", 4]
     out = Path("out")
     if loose is not None:               # features of its own
-        file = with_features(Path("own.npz"), loose)
-        arrays = np.load(file)
-        data = dataset(file, "x")
-        parts = [arrays[key] for key in ("f_train", "f_unlabelled", "f_test") if key in arrays]
-        kept = np.concatenate([data.features, data.test_features])
-        assert (kept == np.concatenate(parts)).all()
-        other = with_features(Path("other.npz"), loose, f_test=arrays["f_test"] + 1)
-        assert dataset(other, "y").fingerprint != data.fingerprint
-        source = ["--dataset", file]
+        source = ["--dataset", with_features(Path("own.npz"), loose)]
         out = Path("own")
         assert run("vae", *source, "-o", out, few, 12, "--seed", 3, "--steps", 30) == 0
         assert run("latent", "-o", out) == run("hybrids", "-o", out) == 0
@@ -5175,17 +5043,28 @@ def test_scripts_on_features_make_what_is_compared(few, loose, visit, undrawn, c
         assert "the features came with own; of a new picture there are none" in line
     assert run("compare", *source, "-o", "grid", "--sizes", 12, "--seeds", 1, "--seed", 3,
                "--steps", 60, "--vae-steps", 30, "--jobs", 1) == 0
-    rows = json.loads(Path("grid/compare.json").read_text())["rows"]
+    rows = facts_of(Path("grid"), "compare")["rows"]
     spread_to = [row["arm"] for row in rows if row["sources"] > 12]
     wanted = ["real+hybrid", "pseudo-labels", "mixup+pseudo"] if few == "--labels" else []
     assert spread_to == wanted and len(rows) == 2 + max(len(wanted), 1)
     for arm in ("real+hybrid", "real"):
         if arm == "real":
             assert run("cnn", "-o", out, "--steps", 60, "--hybrid-fraction", 0) == 0
-        metrics = json.loads((out / "cnn.json").read_text())["metrics"]
+        metrics = facts_of(out, "cnn")["metrics"]
         row, = [row for row in rows if row["arm"] == arm]
         assert all(metrics[key] == row[key] for key in ("accuracy", "nll"))
         assert row["accuracy"] > 0.8
+
+
+def test_features_of_a_file_are_known_by_their_content(tmp_path):
+    file = with_features(tmp_path / "own.npz", 30)
+    arrays = np.load(file)
+    data = dataset(file, tmp_path / "x")
+    parts = [arrays[key] for key in ("f_train", "f_unlabelled", "f_test")]
+    kept = np.concatenate([data.features, data.test_features])
+    assert (kept == np.concatenate(parts)).all()
+    other = with_features(tmp_path / "other.npz", 30, f_test=arrays["f_test"] + 1)
+    assert dataset(other, tmp_path / "y").fingerprint != data.fingerprint
 
 
 def test_work_on_pixels_and_on_several_networks_is_kept_apart(visit, undrawn, capsys):
