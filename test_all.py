@@ -35,7 +35,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL import ImageChops
 from torch import distributions as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -255,8 +254,6 @@ def make(tree, *words):
     return done.stdout
 
 
-# ---- what many of these tests are made of ---------------------------------------------------
-
 def noise(*shape, seed=0):
     """Standard normal numbers."""
     return torch.randn(*shape, generator=seeded(seed))
@@ -432,19 +429,6 @@ def test_floors_are_low_quantiles_of_the_densities_of_codes_left_out_if_they_can
     assert latent.Posterior(posterior.prior, log_floor=-7.0).image_floor == -7.0
 
 
-@DENSITIES
-@pytest.mark.parametrize("dim", [1, 2, 16, 64, 512])
-def test_unused_dimensions_do_not_drown_the_percentages_of_images(kind, dim):
-    y = torch.arange(80) % 2
-    mu, logvar = torch.zeros(2, 80, dim)                # N(0, 1) in all unused dimensions
-    mu[:, 0] = 2.0 * y - 1 + torch.cat([noise(40), noise(40, seed=1)])
-    logvar[:, 0] = -4.0
-    known, (mu, logvar, y) = zip(*(part.split(40) for part in (mu, logvar, y)))
-    posterior = kind.fit(*known, 2)
-    images, points = (F.nll_loss(q.log(), y) for q in (posterior(mu, logvar), posterior(mu)))
-    assert images < min(0.55, points + 0.02)
-
-
 @pytest.mark.parametrize("known, told, least, most", [
     (codes(300, 1), {}, 0.1, 0.9),
     (codes(300, 1), {"bandwidth": 0.3}, 0.1, 0.9),
@@ -460,14 +444,6 @@ def test_a_labeller_is_as_soft_as_its_accuracy_above_guessing(known, told, least
     skill = ((right.float().mean() - guess) / (1 - guess)).item()
     assert least <= skill <= most
     assert posterior.temperature == approx(1 / max(skill, 0.03), rel=1e-4)
-
-
-def test_a_subsample_is_sorted_random_and_always_the_same():
-    rows = latent.subsample(1000, 100)
-    assert torch.equal(rows, latent.subsample(1000, 100))
-    assert torch.equal(rows, rows.unique()) and len(rows) == 100
-    assert rows.float().mean() == approx(500, abs=90)
-    assert torch.equal(latent.subsample(5, 100), torch.arange(5))
 
 
 def drawn_at(temperature):
@@ -569,18 +545,13 @@ class Moving:
     def __init__(self, strength=0.5):
         self.strength = strength
         self.pairs = []                 # those to be brought into register
-        self.rows = []                  # and which of them are asked for
 
     def distances(self, images, near):                  # of images (N,), which are numbers
         return (images[near] - images[:, None]).square() + 1
 
     def morph(self, first, second):
         self.pairs.append((first, second))
-        return self.meet
-
-    def meet(self, first, second, rows, t):
-        self.rows += rows.tolist()
-        return -first, second
+        return lambda first, second, rows, t: (-first, second)
 
     def __call__(self, x, q, generator):
         return x, q
@@ -621,8 +592,6 @@ def test_label_spreading_solves_its_equation():
     given = noise(30, 2).abs()
     solved = torch.linalg.solve(system, 0.1 * given)
     close(latent.propagate(graph.to_sparse(), given, alpha=0.9), solved, atol=1e-4, rtol=1e-3)
-    usual = inspect.signature(latent.propagate).parameters
-    assert (usual["alpha"].default, usual["rounds"].default) == (0.99, 100)
 
 
 def some_labels():
@@ -806,8 +775,6 @@ def points_of(count=200, strategy="between", **how):
 def test_points_lie_evenly_where_a_strategy_draws_them_and_so_many_are_decoded(
         strategy, decoded):
     known, points = points_of(9000, strategy)
-    _, again = points_of(9000, strategy)                # a seed draws the same ones
-    assert torch.equal(points.z, again.z) and torch.equal(points.decoded, again.decoded)
     assert points.decoded.float().mean() == approx(decoded, abs=0.02 * (decoded == 0.5))
     away = points.z
     if strategy != "prior":
@@ -827,8 +794,7 @@ def test_points_lie_evenly_where_a_strategy_draws_them_and_so_many_are_decoded(
         assert 0 <= t.min() and t.max() <= 1
         assert t.mean() == approx(0.5, abs=0.01)
         assert t.var() == approx(1 / 36, rel=0.1)
-        order = torch.arange(9000)
-        for other in (points.t, points.z[:, 0], known.y[points.i], order, order % 2):
+        for other in (points.t, points.z[:, 0], known.y[points.i], torch.arange(9000)):
             assert uncorrelated(points.decoded, other)
 
 
@@ -1065,6 +1031,8 @@ def test_the_workers_of_a_loader_mix_in_ways_of_their_own_anew_every_epoch():
     for one, other in itertools.combinations(runs[0], 2):
         assert not torch.equal(one, other)
     assert all(map(torch.equal, *runs))
+
+
 # ---- augmentations and batches --------------------------------------------------------------
 
 def places(count, height, width):
@@ -1158,9 +1126,6 @@ def test_an_augmentation_draws_from_its_generator_and_keeps_shape_and_range(name
     assert out.shape == x.shape
     assert out.min() >= 0 and out.max() < 1 + 1e-5
     close(q.sum(1), torch.ones(64))
-    if name in (*MIXES, "deformations", "gently"):      # a batch may hold none of a kind
-        x, q = AUGMENTATIONS[name](x[:0], torch.eye(0), seeded())
-        assert x.shape == (0, channels, 16, 20) and q.shape == (0, 0)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -1334,8 +1299,6 @@ def test_a_flow_is_an_affine_map_in_half_sides_and_the_displacement_of_each_node
     flow = deform.flow_of(v, 17, 21)    # the nodes: every fourth row, every fifth column
     nodes = v[0, :, 3:].unflatten(1, (5, 5)).permute(1, 2, 0)
     close(flow[0, ::4, ::5], nodes * torch.tensor([10.5, 8.5]))
-    v[0, :, 3:] = torch.tensor([[0.2], [-0.1]])         # of one displacement: a shift
-    close(deform.flow_of(v, 12, 20), torch.tensor([2.0, -0.6]).expand(1, 12, 20, 2))
 
 
 # By how much the difference of the images falls, and what is missed of the flow at most.
@@ -1353,19 +1316,6 @@ def test_registration_finds_a_known_flow(part, height, width, better, most):
     bright = target.squeeze(1) > 0.5
     miss = (found - true)[bright].norm(dim=1).mean()
     assert miss < most * true[bright].norm(dim=1).mean()
-
-
-def test_pairs_are_registered_as_each_would_be_alone_without_gradients_or_chance():
-    target = blobs(3)
-    moving = torch.cat([blobs(2, seed=1), target[2:]])
-    state = torch.get_rng_state()
-    together = deform.register(target, moving)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not together.requires_grad
-    for k in range(3):
-        alone = deform.register(target[[k]], moving[[k]])
-        close(alone, together[[k]], atol=1e-3, rtol=0)
-    assert deform.flow_of(together[2:], 16, 16).abs().max() < 0.2   # equal images: already
 
 
 def test_directions_have_the_covariance_of_the_coefficients():
@@ -1394,16 +1344,6 @@ def test_pairs_are_of_one_class_and_drawn_evenly_never_of_an_image_with_itself()
         often += j[i == 0].bincount(minlength=20)
     assert often[0] == 0
     assert often[1:].min() > 50 and often[1:].max() < 110      # 79 on average
-
-
-def test_a_random_half_is_half_of_each_class_and_the_smaller_of_an_odd_one():
-    y = torch.tensor([0] * 8 + [1] * 5 + [3])[torch.randperm(14, generator=seeded())]
-    often = torch.zeros(14)
-    for seed in range(400):
-        half = deform.random_half(y, seeded(seed))
-        assert y[half].bincount(minlength=4).tolist() == [4, 2, 0, 0]
-        often += half
-    close(often / 400, torch.tensor([0.5, 0.4, 0, 0])[y], atol=0.12, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1504,10 +1444,7 @@ def test_without_two_images_of_a_class_nothing_moves(y):
     moves = TRUE_FIT(easy(4)[0][:len(y)], torch.tensor(y).long(), seeded())
     assert moves.words() == "no deformations"
     x = torch.rand(5, 1, 16, 16, generator=seeded())
-    q = torch.eye(5)
-    for move in (moves, moves.gently):
-        moved, same_q = move(x, q, seeded())
-        assert moved is x and same_q is q
+    assert moves(x, None, seeded())[0] is moves.gently(x, None, seeded())[0] is x
 
 
 @pytest.mark.parametrize("y", [
@@ -2161,7 +2098,6 @@ def test_pool_and_validation_are_all_training_images(make_set):
     assert torch.equal(rows.sort()[0], torch.arange(len(data.labels)))
     assert torch.equal(data.pool.sort()[0], data.pool)
     assert len(data.names) == len(data.images) + len(data.test_images)
-    assert data.names[len(data.images)] == "test/0"
     if data.name != "glyphs":           # a tenth of each class, chosen by name
         wanted = set_aside_by_hand(data.labels.tolist(), data.names, 0.1, 10, True)
         assert data.validation.tolist() == wanted
@@ -2189,9 +2125,6 @@ def test_a_fingerprint_is_that_of_images_and_labels_and_of_nothing_else(part):
         tensor = getattr(second, part)
         tensor[7] = 1 - tensor[7]
     assert (first.fingerprint == second.fingerprint) == (part is None)
-    first.images = first.images.reshape(-1, 1, 8, 32)
-    del first.fingerprint               # it is computed once
-    assert first.fingerprint != second.fingerprint
 
 
 @SETS
@@ -2234,19 +2167,6 @@ def test_rows_to_learn_from_are_the_pool_or_so_many_with_a_label(capsys):
     assert "there are 270 images with a label" in capsys.readouterr().err
     with pytest.raises(common.Mistake, match="there are 270 besides validation images"):
         common.subset(data, 271, 0)
-
-
-@pytest.mark.parametrize("sizes, asked, wanted", [
-    ([50, 10, 10], False, [10, 50]),
-    ([10, 96], True, [10, 96]),
-    ([10, 100, 1000], False, [10, 96]),
-    ([100, 1000], False, [96])])
-def test_sizes_fit_the_images_unless_they_were_asked_for(capsys, sizes, asked, wanted):
-    assert common.fit_sizes(sizes, asked, 96) == wanted
-    said = capsys.readouterr().err
-    assert ("96 images to train on" in said and str(wanted) in said) == (max(sizes) > 96)
-    with pytest.raises(common.Mistake, match="97 images .* there are 96 .* SIZES"):
-        common.fit_sizes([10, 97], True, 96)
 
 
 # ---- arrays ---------------------------------------------------------------------------------
@@ -2485,11 +2405,6 @@ def all_but_one_grey(root):
         Image.open(file).convert("L").save(file)
 
 
-def files_of_other_kinds(root):
-    for name in ("bird/a.heic", "bird/b.HEIC", "fish/c.avif", "fish/notes"):
-        (root / name).write_text("something")
-
-
 TESTS = easy(60, seed=60)[0][:, 0].numpy()
 SOME = functools.partial(folders, "bird", "fish", count=13)
 @pytest.mark.parametrize("make_data, pattern", [
@@ -2499,7 +2414,7 @@ SOME = functools.partial(folders, "bird", "fish", count=13)
      "1 images are in two classes"),
     (arrays(x_unlabelled=TESTS[:7]), "7 of 81 validation and test images are training"),
     (SOME(spoil=all_but_one_grey), "only 1 of 26 images have colour"),
-    (SOME(spoil=files_of_other_kinds), "left out: 2 .heic.*1 "),
+    (SOME(spoil=lambda root: (root / "bird/a.heic").write_text("")), "left out: 1 .heic"),
     (arrays(x_unlabeld=TESTS), "left out: x_unlabeld .*x_unlabelled"),
     (arrays(y_test=thirds(60) // 2), "no test images of eel"),
     (folders("bird", "fish", count=11), "fewer than 10 images a class")])
@@ -2598,18 +2513,7 @@ def clear(file):
     """Red, and clear at the right."""
     picture = Image.new("RGBA", (20, 20), (255, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (10, 0, 20, 20))
-    if file.name == "palette.png":
-        picture = picture.quantize(4)
     picture.save(file)
-
-
-def picture_that_claims(file):
-    """A tiny PNG whose header states 10 billion pixels."""
-    Image.new("L", (1, 1)).save(file)
-    content = bytearray(file.read_bytes())
-    content[16:24] = struct.pack(">II", 10**5, 10**5)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    file.write_bytes(content)
 
 
 SEVERAL = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
@@ -2619,18 +2523,10 @@ SEVERAL = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
     ("a.WEBP", plain("WEBP"), [200, 100, 50]),
     ("a.jpg", plain(None, (14_200, 14_200), "L", 120), [120] * 3),
     ("a.tif", plain(None, (4960, 7016), "1", 1, compression="group4"), [255] * 3),
-    ("a.png", clear, [255, 128, 128]),
-    ("palette.png", clear, [255, 128, 128]),
-    ("a.png", Path.touch, None),
-    ("a.png", picture_that_claims, None)])
-def test_pictures_are_read_on_white_or_refused_by_name(tmp_path, called, make_picture, wanted):
-    file = tmp_path / called
-    make_picture(file)
-    assert common.pictures_in(tmp_path) == [file]
-    if wanted is None:
-        with pytest.raises(common.Mistake, match="a.png cannot be read as an image"):
-            common.read_image(file, (32, 32))
-        return
+    ("a.png", clear, [255, 128, 128])])
+def test_pictures_are_read_on_white(tmp_path, called, make_picture, wanted):
+    make_picture(tmp_path / called)
+    file, = common.pictures_in(tmp_path)
     pixels = common.read_image(file, (32, 32))
     assert pixels.mean((1, 2)).tolist() == approx(wanted, abs=3)
 
@@ -2640,7 +2536,7 @@ STORED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipu
           8: lambda a: np.rot90(a, -1)}
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "camera.jpg", "deep.png", "deep.tif"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.tif"])
 def test_every_orientation_is_brought_upright(tmp_path, name):
     upright = np.kron([[255, 0], [85, 170]], np.ones((8, 8))).astype(np.uint16)
     for orientation, turn in STORED.items():
@@ -2648,9 +2544,6 @@ def test_every_orientation_is_brought_upright(tmp_path, name):
         pixels = np.ascontiguousarray(turn(upright)) * (257 if deep else 1)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        if name == "camera.jpg":        # it holds a tag that cannot be written again
-            exif[0x0128] = 2
-            exif = exif.tobytes().replace(b"\x28\x01\x03\x00", b"\x28\x01\x02\x00")
         picture = Image.fromarray(pixels if deep else pixels.astype(np.uint8))
         picture.save(tmp_path / name, exif=exif)
         found = common.read_image(tmp_path / name, (16, 16))
@@ -2728,8 +2621,6 @@ def test_a_deep_picture_is_read_as_its_set_was(tmp_path, lowest, highest, dtype,
     assert (f"read as [0, {white}]" in report) == (highest != white)
 
 
-# ---- one geometry, colour and background for training and prediction ------------------------
-
 @pytest.mark.parametrize("height, width", [(16, 64), (64, 16), (28, 28)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_of_the_same_shape_is_left_as_it_is(tmp_path, height, width, channels):
@@ -2756,12 +2647,10 @@ def test_one_image_whose_channels_differ_makes_all_colour(tmp_path, part, gap, c
 
 @pytest.mark.parametrize("grounds, ground, inverted", [
     ([10] * 24 + [240], 250, False),    # 4% of the training images are so
-    ([10] * 199 + [240], 230, False),
     ([10], 250, True),
     ([240], 5, True),
     ([20], 160, True),
-    ([100], 170, False),                # its negative is hardly nearer
-    ([20, 230], 240, False)])
+    ([100], 170, False)])               # its negative is hardly nearer
 def test_what_no_training_image_was_like_is_inverted(tmp_path, grounds, ground, inverted):
     levels = np.resize(grounds, 200)[:, None, None]
     x = np.tile(levels, (1, 16, 16)).astype(np.uint8)
@@ -2849,10 +2738,6 @@ def test_columns_are_told_apart_and_what_is_written_is_read_again(tmp_path):
 
 # ---- what cannot be read, and what the one line says ----------------------------------------
 
-def ramp_to(highest):
-    return lambda root: ramp_picture(root / "fish/a.tif", 0, highest)
-
-
 def table(content, encoding="utf-8", header="image,new_label\n"):
     """A tiny .npz, and a table of labels."""
     def write(folder):
@@ -2873,21 +2758,15 @@ BESIDE = "either the former are parts of the data set.*or all are classes"
     (arrays(y_train=0 * thirds(200), y_test=0 * thirds(60)), "only one class"),
     (arrays(y_test=np.arange(60)), r"classes without training images: \[3, 4, 5, 6, 7\]"),
     (arrays(y_test=thirds(60) - 1), "test images without a label"),
-    (arrays(x_val=GREY[:9, 0], y_val=thirds(9) - 1), "images without a label"),
-    (arrays(y_train=np.ones((200, 3))), "labels of shape .200, 3.*one-hot rows"),
     (arrays(y_train=thirds(200) - 2), "labels must be numbers from 0.*-1 or no name"),
     (arrays(y_train=thirds(200) + 5, y_test=thirds(60) + 5, classes=np.array(list("abcd"))),
      "4 names for 3 classes"),
-    (arrays(x_train=np.zeros((200, 16, 16, 4)), x_test=np.zeros((60, 16, 16, 4))),
-     r"images of shape .*wanted \(N,H,W\)"),
-    (arrays(x_unlabelled=np.zeros((9, 16, 17), "u1")), "wanted one shape"),
     (arrays(x_unlabelled=np.zeros((9, 16, 16), "u2")), "wanted one .*type"),
     (arrays(**scaled(1.0, -0.01)), "span -0.01 to 0.99; wanted numbers in"),
     (arrays(**scaled(2.8)), r"wanted \[0, 1\] or \[0, 255\]"),
     (folders("train", "car", "plane"), f"train/ beside car/, plane/: {BESIDE}"),
     (folders("test/cat", "test/dog", "unlabelled"), "no train/"),
     (folders("cat", "dog", "owl!"), "no pictures in owl/; remove it"),
-    (folders("train", "test"), "wanted one subfolder a class"),
     (folders("seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"),
      "rename seg_test/ to test/ and seg_train/ to train/; else call"),
     (folders("cat", "dog", "unlabelled images"), "unlabelled images: .*rename it unlabelled"),
@@ -2896,11 +2775,9 @@ BESIDE = "either the former are parts of the data set.*or all are classes"
     (folders("images/cat", "images/dog"), "all is in images/; .*give .*a/images"),
     (with_damaged,
      f"/a: 3 pictures that cannot be read: {', '.join(DAMAGED)}; .*--skip-damaged"),
-    (folders("bird", "fish", spoil=ramp_to(2.8)), r"/a: .*wanted \[0, 1\]"),
     (lambda folder: "mnits", "did you mean mnist"),
     (lambda folder: "xyzzy", "no data set or folder 'xyzzy'.*glyphs mnist"),
     (lambda folder: change_a_bit(npz(folder / "a.npz")), "a.npz: .*CRC.*savez"),
-    (lambda folder: "gone.npz", r"gone\.npz.*savez"),
     (lambda folder: [npz(folder / "a.npz"), "--labels", 181], "there are 179 "),
     (lambda folder: [npz(folder / "a.npz"), "--labels-from", "gone.csv"], "gone.csv: "),
     (table("train/4,owl"), "new.csv: train/4 is .* class 'owl'; the classes are cat, dog"),
@@ -2921,6 +2798,8 @@ def test_what_cannot_be_read_ends_in_one_line(tmp_path, capsys, write, pattern):
     assert re.search(f"^vae.py: .*{pattern}", line), line
     assert all(said.startswith("reading ") for said in before)
     assert not (out / "vae.pt").exists()
+
+
 # ---- statistics of the comparison -----------------------------------------------------------
 
 @pytest.mark.parametrize("df", [*range(1, 22), 30, 59, 500])
@@ -2975,8 +2854,6 @@ def test_a_summary_pairs_the_rows_of_one_subset_whatever_their_order():
 
 
 def test_other_figures_are_means_and_from_half_of_the_pool_on_there_is_no_interval():
-    assert set(compare.AVERAGED) >= {"balanced_accuracy", "nll", "ece", "scaled_nll",
-                                     "scaled_ece", "noise"}
     for key in compare.AVERAGED:
         first, second = cells(10, "real", [0.5, 0.5])
         first[key] = 0.2
@@ -2991,14 +2868,11 @@ def test_other_figures_are_means_and_from_half_of_the_pool_on_there_is_no_interv
 
 def test_the_answer_is_a_sentence_a_size_whose_verdict_needs_an_interval_without_zero():
     for gain, half, said in ((3.0, 2.0, "better than real"), (-3.0, 2.0, "worse than real"),
-                             (3.0, 3.5, "inconclusive"), (-3.0, 3.5, "inconclusive"),
-                             (3.0, None, "inconclusive")):
+                             (-3.0, 3.5, "inconclusive"), (3.0, None, "inconclusive")):
         assert compare.verdict(gain, half) == said
     sentence, = compare.answers(compare.summarise(LARGE))
     assert sentence == ("20 images: hybrids change accuracy by -10.0 ± 1.1 points "
                         "(6 subsets): worse than real")
-    for arm in ("mixup", "real+hybrid"):
-        assert not compare.answers(compare.summarise(cells(10, arm, [0.5, 0.6])))
 
 
 @pytest.mark.parametrize("counts, wanted", [
@@ -3007,8 +2881,6 @@ def test_balanced_accuracy_is_shown_where_classes_are_of_unequal_size(counts, wa
     y = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     assert compare.uneven(y) is wanted
 
-
-# ---- evaluation -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sharpness, temperature", [
     (0.3, 0.3), (1, 1), (4, 4), (0.01, 1 / 4), (100, 16)])
@@ -3441,10 +3313,6 @@ def test_every_kind_of_hybrid_is_made_as_asked(bare, monkeypatch, words, told):
     assert ("moves" in told) == ("deform" not in made_from)
 
 
-# ---- what the pictures show -----------------------------------------------------------------
-
-# ---- what reaches the classifier, and when --------------------------------------------------
-
 def test_the_first_half_sees_hybrids_and_then_more_and_more_real_images(seen):
     made = seen.files["hybrids"]
     for x, q in seen.cnn.batches[:20]:
@@ -3503,6 +3371,8 @@ def test_learned_augmentation_moves_every_image_and_needs_no_vae(bare, monkeypat
     assert [(len(call.x), call.share) for call in calls] == [(64, 1.0)] * 2
     assert all(x is call.moved for (x, _), call in zip(fit.batches, calls))
     assert facts_of(bare, "cnn")["made_from"].keys() == {"deform"}
+
+
 # ---- the grid of the comparison -------------------------------------------------------------
 
 def compared(folder, *words):
@@ -3561,13 +3431,11 @@ def test_a_grid_computes_again_only_what_was_lost_or_cannot_be_true_and_prints_a
     assert cells_of(out) == wanted
     assert {file: file.stat().st_mtime_ns for file in kept} == before
     assert (out / "compare.csv").read_text() == (grid / "compare.csv").read_text()
-    printed = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     table = facts_of(out, "compare")["summary"]
-    for line, entry in zip(printed.splitlines()[1:5], table):
+    for line, entry in zip(lines[1:5], table):
         assert f"{entry['accuracy']:.1f} ± {entry['accuracy_half']:.1f}" in line
-        if entry["arm"] != "real":
-            assert f"{entry['gain']:+.1f} ± {entry['gain_half']:.1f}  inconclusive" in line
-    assert printed.splitlines()[-2:] == compare.answers(table)
+    assert lines[-2:] == compare.answers(table)
 
 
 @pytest.mark.parametrize("change", [
@@ -3638,9 +3506,15 @@ def test_gather_trains_nothing_and_says_what_is_missing(same_grid, grid, capsys,
     assert fits == []
 
 
-def test_processes_make_the_same_cells(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["jobs", pytest.param("ranks", marks=slow)])
+def test_processes_and_ranks_make_the_same_cells(grid, tmp_path, monkeypatch, how):
     leave_blank(monkeypatch)
     words = [*GRID[1:-1], "--dataset", grid / "tiny.npz", "-o", tmp_path]       # no hybrids
+    if how == "ranks":
+        done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node=2", HERE / "compare.py", *words, "--threads", 1)
+        assert done.returncode == 0, done.stdout + done.stderr
+        words.append("--gather")
     assert run("compare", *words, "--jobs", 2) == 0
     wanted = {name: text for name, text in cells_of(grid).items() if "-real-" in name}
     assert cells_of(tmp_path) == wanted
@@ -3784,8 +3658,6 @@ def test_test_and_validation_images_never_reach_a_training(grey, seen):
             assert rows_used(fit, strangers) == {-1}
 
 
-# ---- what a reported number is made of ------------------------------------------------------
-
 def test_a_score_is_that_of_the_weights_of_the_last_step_on_test_images(grey):
     test_images, test_y = grey.data.test_images, grey.data.test_labels
     noisy = compare.noisy(test_images)
@@ -3919,29 +3791,39 @@ def dog(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("words", [
-    ("latent", "--point", "0.3,-1.2,0,1"), ("latent", "--image", "DOG"),
-    ("cnn", "--predict", "DOG"), ("cnn", "--predict", "INK")])
+def percentages_in(printed):
+    """The percentages that a script has printed, a class a line -> by name."""
+    lines = re.findall(r"^ *([\d.]+)% +(\w+)$", printed, re.M)
+    return {name: float(percent) / 100 for percent, name in lines}
+
+
+@pytest.mark.parametrize("words, ink", [
+    ("latent --image", False), ("cnn --predict", False), ("cnn --predict", True)])
 def test_points_and_pictures_have_the_percentages_that_speak_and_those_of_the_classifier(
-        seen, dog, capsys, words):
+        seen, dog, capsys, words, ink):
     image = torch.from_numpy(np.array(Image.open(dog)))[None, None]
-    if words[0] == "cnn":
-        wanted = cnn.predict(seen.classifier, image).softmax(1)
-    else:
-        point = [torch.tensor([[0.3, -1.2, 0, 1]])]
-        code = vae.encode_all(seen.model, image)
-        posterior = latent.restored(seen.files["latent"]["percentages"])
-        wanted = posterior(*(point if words[1] == "--point" else code))
-    if words[-1] == "INK":              # on white paper, where the set is chalk on a board
+    if ink:                             # on white paper, where the set is chalk on a board
         Image.fromarray(255 - np.asarray(Image.open(dog))).convert("RGB").save(dog)
-    asked = dog if words[-1] in ("DOG", "INK") else words[-1]
-    assert run(*words[:2], asked, "-o", seen.out) == 0
+    script, flag = words.split()
+    assert run(script, flag, dog, "-o", seen.out) == 0
+    if script == "cnn":
+        wanted = cnn.predict(seen.classifier, image).softmax(1)[0]
+    else:
+        posterior = latent.restored(seen.files["latent"]["percentages"])
+        wanted = posterior(*vae.encode_all(seen.model, image))[0]
     printed = capsys.readouterr().out
-    found = {name: float(percent) / 100
-             for percent, name in re.findall(r"^ *([\d.]+)% +(\w+)$", printed, re.M)}
-    assert [found[name] for name in ANIMALS] == approx(wanted[0].tolist(), abs=6e-4)
+    found = percentages_in(printed)
+    assert [found[name] for name in ANIMALS] == approx(wanted.tolist(), abs=6e-4)
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert ("inverted" in printed) == (words[-1] == "INK")
+    assert ("inverted" in printed) == ink
+
+
+def test_a_point_has_the_percentages_that_speak(seen, capsys):
+    posterior = latent.restored(seen.files["latent"]["percentages"])
+    wanted = posterior(torch.tensor([[0.3, -1.2, 0, 1]]))[0]
+    assert run("latent", "--point", "0.3,-1.2,0,1", "-o", seen.out) == 0
+    found = percentages_in(capsys.readouterr().out)
+    assert [found[name] for name in ANIMALS] == approx(wanted.tolist(), abs=6e-4)
 
 
 def test_the_pictures_of_a_folder_are_a_table_and_a_bad_one_does_not_end_it(chain, tmp_path,
@@ -4346,9 +4228,6 @@ BAD_FILES = {
     "cut off": (lambda out: os.truncate(out / "vae.pt", 500), "latent", "damaged.* vae.py"),
     "empty": (lambda out: os.truncate(out / "latent.pt", 0), "hybrids", "damaged.*latent.py"),
     "a bit": (lambda out: spoil_a_bit(out / "vae.pt"), "latent", "damaged.* vae.py"),
-    "a list": (lambda out: torch.save([1], out / "vae.pt"), "latent", "damaged"),
-    "other kind": (lambda out: shutil.copy(out / "cnn.pt", out / "vae.pt"), "latent",
-                   "cnn|damaged"),
     "other format": (lambda out: change(out / "vae.pt", format=5), "latent",
                      "another version.* vae.py"),
     "other vae": (lambda out: change(out / "vae.pt", more=1), "hybrids",
@@ -4725,14 +4604,15 @@ RESULTS = sorted(file.stem for file in (HERE / "assets").glob("*.json"))
 
 @pytest.mark.parametrize("stem", RESULTS)
 def test_a_number_changed_in_a_result_file_is_found(pages, capsys, stem):
+    def larger(found):
+        number = float(found[0])
+        return str(round(1.07 * number, 6) if "." in found[0] else int(1.07 * number))
+
     evidence_in(pages).main([])
     capsys.readouterr()
     file = pages / f"assets/{stem}.json"
     number = r'(?<!"n": )(?<!"seed": )(?<![\w."])(\d+\.\d+|\d{3,})(?![\w."])'
-    file.write_text(re.sub(number, lambda found: str(round(1.07 * json.loads(found[0]), 6)
-                                                     if "." in found[0] else
-                                                     int(1.07 * int(found[0]))),
-                           file.read_text()))
+    file.write_text(re.sub(number, larger, file.read_text()))
     assert differing(pages, capsys)
 
 
@@ -4742,11 +4622,7 @@ def test_the_commands_of_the_pages_are_understood(tree):
             SCRIPTS[script].parse_args([word for word in words if word != "..."])
         for command in re.findall(r"^    (make .*)$", text, re.M):
             make(tree, "-n", "PYTHON=python", *shlex.split(command, comments=True)[1:])
-    evidence = PAGE["assets/EVIDENCE.md"]
-    block = re.search(r"\n\n((?: {4}.*\n)+)", evidence.split("## Commands")[1])[1]
-    done = shell("bash", "-e", "-c", 'python() { shift; printf "%q " "$@"; echo; }\n' + block)
-    lines = [*done.stdout.splitlines(), *re.findall(r"`(--dataset [^`]*)`", evidence)]
-    assert len(lines) > 10
+    lines = re.findall(r"`(--dataset [^`]*)`", PAGE["assets/EVIDENCE.md"])
     for line in lines:
         assert compare.parse_args(shlex.split(line)).dataset
 
@@ -4987,8 +4863,6 @@ def test_a_backbones_file_runs_only_when_it_is_named(visit, undrawn, capsys):
 
 def test_every_hybrid_is_shown_beside_the_two_nearest_photographs(visit, monkeypatch):
     made = read("out/hybrids.pt")
-    painted = vae.decode_all(vae.restore(read("out/vae.pt")["painter"]), made["z"])
-    close(made["images"].float(), 255 * painted, atol=0.51, rtol=0)
     sheets = []
     monkeypatch.setattr(hybrids, "gallery", lambda *words, **_: sheets.append(words[1:3]))
     data = dataset("photos", "out")
@@ -5122,18 +4996,14 @@ BAD = "vae --backbone bad.py"
     ("SIZE = 24", BAD, "module 'backbone' has no attribute 'Backbone'" + WANTED),
     ("import json\n\njson.loads('[1,')", BAD, "bad.py, line 3: JSONDecodeError: "),
     ("SIZE = 24\nclass Backbone(:\n", BAD, "bad.py, line 2: SyntaxError: "),
-    (SEES + "x @ torch.zeros(3, 3)", BAD, "bad.py, line 7: RuntimeError: "),
     (SEES + "x", BAD, "bad.py makes features (50, 3, 24, 24) of images (50, 3, 24, 24); "),
-    (SEES + "x.flatten(1) / 0", BAD, "bad.py makes features that are not finite"),
     (SEES + "torch.ones(len(x), 5)", BAD, "the features of all pictures are the same"),
     (CHANGED, "latent --backbone net.py", "vae.pt is of another network than net.py is now;"),
     (CHANGED, "cnn --backbone net.py --predict photos/cat/0-0.png", "out is of another net"),
     (None, "latent --backbone vgg11", "backbone vgg11: out/vae.pt was made with net.py; make"),
     (None, "latent --image photos/cat/0-0.png", "name the network again: --backbone net.py"),
     (None, "vae --backbone resnt18", "in torchvision.models; did you mean resnet18 or "),
-    (None, "vae --backbone xyz", "no such network in torchvision.models, and no file .py"),
     (None, "deform --backbone net.py", "features do not move: with --backbone begin with vae"),
-    (None, "cnn --augment", "features do not move; leave out --augment and --deform"),
     (None, "compare --sizes 12 --arms real cutmix deform", "cannot be cut: no cutmix, deform"),
     (None, "hybrids --cut", "features cannot be cut; leave out --cut")])
 def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, capsys):
