@@ -3107,7 +3107,8 @@ def note_chain(out, words, hybrid_words):
         leave_blank(patch)
         noted.moves = note_moves(patch, 0.5, True)
         fits = {kind: note_fits(patch, SCRIPTS[kind]) for kind in ("vae", "cnn")}
-        trained = note_calls(patch, cnn, "train")
+        noted.embedded = note_calls(patch, latent, "embed")
+        noted.trained = note_calls(patch, cnn, "train")
         assert run("deform", "-o", out, *words) == 0
         assert run("vae", "-o", out, "--steps", 60, "--latent-dim", 4, "--batch-size", 32,
                    "--no-amp") == 0
@@ -3116,7 +3117,6 @@ def note_chain(out, words, hybrid_words):
         assert run("cnn", "-o", out, "--steps", 40, "--width", 8, "--no-amp") == 0
     noted.vae, = fits["vae"]
     noted.cnn, = fits["cnn"]
-    noted.trained, = trained
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.model = vae.restore(noted.files["vae"])
     noted.classifier = cnn.restore(noted.files["cnn"])
@@ -3726,6 +3726,7 @@ def test_labels_are_those_given_and_those_spread_by_codes_and_by_images_that_mov
     wanted = latent.embed(saved["mu"], saved["logvar"], pool, y, 3, saved["mu"],
                           few.data.images[pool], deformations(0.5, True))
     assert torch.equal(saved["y"], wanted.y)
+    assert few.embedded[0].given[-1].strength == 0.5
     known = few.true[pool] >= 0
     assert part_of(saved["y"][known] == few.true[pool][known]) > 0.95
     assert set(saved["made_from"]) == {"vae", "deform"}
@@ -3742,7 +3743,7 @@ def test_hybrids_are_made_of_given_and_of_spread_labels(few):
 
 def test_a_classifier_sees_given_and_spread_labels(few):
     saved = few.files["latent"]
-    (images, q, _), told = few.trained.given, few.trained.told
+    (images, q, _), told = few.trained[0].given, few.trained[0].told
     rows = few.data.labelled()
     assert torch.equal(images, few.data.images[rows])
     assert torch.equal(q, one_hot(few.data.labels[rows]))
@@ -3836,7 +3837,7 @@ def test_two_runs_in_one_folder_do_not_mix_but_a_question_is_free_and_writes_not
     assert run("hybrids", "-o", bare, "--count", 9) == 0
 
 
-# ---- hybrids.py --export, notebooks, reviews -------------------------------------------------
+# ---- hybrids.py --export, notebooks, reviews ------------------------------------------------
 
 def table_of(path):
     return list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
