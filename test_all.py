@@ -415,6 +415,14 @@ def test_many_points_have_the_densities_that_each_has_alone(more):
         close(together[[i]], posterior.log_density(z[[i]], **own))
 
 
+def test_many_images_have_the_gaussian_densities_that_each_has_alone():
+    gaussian = latent.Gaussian.fit(*codes(200, 64, 10), 10)
+    z, own, _ = codes(300, 64, seed=1)  # 204 of them are taken at a time
+    some = [0, 203, 204, 299]
+    alone = torch.cat([gaussian.log_density(z[[i]], own[[i]]) for i in some])
+    close(gaussian.log_density(z, own)[some], alone, atol=1e-3, rtol=1e-5)
+
+
 @pytest.mark.parametrize("fit, quantile", [
     (latent.Aggregate.fit, 0.001), (latent.Gaussian.fit, 0.001), (latent.fit_labeller, 0.01)])
 def test_floors_are_low_quantiles_of_the_densities_of_codes_left_out_if_they_can_be(
@@ -1754,26 +1762,16 @@ def test_more_images_take_more_steps_and_colour_twice_as_many(n, of_vae, of_cnn)
     assert cnn.steps_for(images[:100], unlabelled=n) == cnn.steps_for(images, both)
 
 
-@pytest.fixture
-def handed(monkeypatch):
-    """`train` returns what it hands to `fit`: the model, its batches, the settings."""
-    def fit(model, next_batch, **how):
-        return SimpleNamespace(model=model, next_batch=next_batch, **how)
-
-    for module in (vae, cnn):
-        monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: [model])
-
-
-def test_the_cnn_sees_hybrids_pseudo_labels_movements_and_augmentations(handed):
+def test_the_cnn_sees_hybrids_pseudo_labels_movements_and_augmentations(monkeypatch):
+    monkeypatch.setattr(cnn, "fit", lambda model, next_batch, **settings: next_batch)
     real, made = some_of_each()
     pseudo = torch.full((4, 1, 16, 16), 51).byte(), torch.eye(14)[:4]
     how = dict(mix=twice, share=(0.5, 0.25), augmentations=[brighter, twice], move=brighter,
                pseudo_labelled=pseudo)
-    model, fit = cnn.train(*real, made=made, **how)
+    model, next_batch = cnn.train(*real, made=made, **how)
     assert model.config == {"channels": 1, "classes": 14, "width": 24, "side": 16}
     for done in (0, 0.9):
-        found = fit.next_batch(seeded(), done)
+        found = next_batch(seeded(), done)
         close(found, cnn.batches(real, 64, made, **how)(seeded(), done))
 
 
@@ -3967,7 +3965,7 @@ def test_a_table_has_the_percentages_of_every_image(few):
 
 
 def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_has_said(
-        tmp_path, capsys, monkeypatch):
+        tmp_path, monkeypatch):
     leave_blank(monkeypatch)
     y = easy(200)[1].numpy()
     rows = dataset(npz(tmp_path / "a.npz"), tmp_path).pool[[5, 50, 120]].tolist()
