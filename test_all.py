@@ -35,10 +35,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL import ImageChops
 from torch import distributions as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils import _pytree as pytree
 
 import cnn
 import common
@@ -49,7 +47,6 @@ import latent
 import vae
 
 HERE = Path(__file__).resolve().parent
-REAL_DATA = HERE.parent / "shared" / "data"     # tests that need it skip where it is absent
 SCRIPTS = {"deform": deform, "vae": vae, "latent": latent, "hybrids": hybrids, "cnn": cnn,
            "compare": compare}
 STEPS = ["deform", "vae", "latent", "hybrids", "cnn"]   # those of the chain that leave a .pt
@@ -60,19 +57,18 @@ VARIABLES = ("DATASET DATA OUT SIZES SEEDS SEED STEPS IMAGES IMAGE_SIZE LABELS L
 
 def clean_environment() -> dict:
     """What `make test` itself was told must not reach the processes that the tests start."""
-    kept = {}
-    for key, value in os.environ.items():
-        if key not in (*VARIABLES, "PYTHONPATH", "MFLAGS") and not key.startswith("MAKE"):
-            kept[key] = value
-    return kept
+    told = {*VARIABLES, "PYTHONPATH", "MFLAGS"}
+    return {key: value for key, value in os.environ.items()
+            if key not in told and not key.startswith("MAKE")}
 
 
-# Only processors repeat a result exactly: a GPU is for one test, and for `make bench`.
-WITH_GPU = {**clean_environment(), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-ENV = {**WITH_GPU, "CUDA_VISIBLE_DEVICES": ""}
+# Only processors repeat a result exactly.
+ENV = {**clean_environment(), "OMP_NUM_THREADS": "1", "COLUMNS": "1000",
+       "CUDA_VISIBLE_DEVICES": ""}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored in the background
+OTHER_AMP = "--no-amp" if common.bfloat16_is_fast(torch.device("cpu")) else "--amp"
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; make test-slow runs it")
 approx = pytest.approx
 close = torch.testing.assert_close
@@ -127,24 +123,6 @@ RGB = easy(200, channels=3)[0].numpy()
 GREY = RGB[:, :1]
 
 
-def zoo(root, grey=False, per_class=9):
-    """Two classes of pictures, each of one colour; of many sizes, modes and formats."""
-    for name, level in (("bird", 60), ("fish", 200)):
-        (root / name).mkdir(parents=True)
-        (root / name / "notes.txt").write_text("not a picture")
-        for k in range(per_class):
-            size = (20 + 7 * k, 90 - 5 * k)
-            if grey:
-                modes = (Image.new("L", size, level), Image.new("LA", size, (level, 255)),
-                         Image.new("RGB", size, (level, level, level)))
-                modes[k % 3].save(root / name / f"{k}.png")
-            else:
-                colour = Image.new("RGB", size, (level, 0, 255 - level))
-                kind = "png" if k % 3 else "jpg"
-                colour.convert(("RGB", "P", "RGBA")[k % 3]).save(root / name / f"{k}.{kind}")
-    return root
-
-
 def run(script, *words):
     """A script's main, in this process -> its exit code."""
     return SCRIPTS[script].main([str(word) for word in (*words, "--threads", 1, "--quiet")])
@@ -163,13 +141,19 @@ def shell(*words, cwd=HERE, **env):
                           text=True, capture_output=True)
 
 
+def opened(script, *words):
+    """-> the run that these words start, and its data set."""
+    args = SCRIPTS[script].parse_args([*map(str, words), "--threads", "1", "--quiet"])
+    started = common.start(args)
+    try:
+        return started, common.load_dataset(started)
+    finally:
+        started.release()
+
+
 def dataset(spec, out, *words):
     """A data set as the scripts load it."""
-    args = vae.parse_args(["--dataset", str(spec), "-o", str(out), "--quiet", "--threads", "1",
-                           *map(str, words)])
-    started = common.start(args)
-    started.release()
-    return common.load_dataset(started)
+    return opened("vae", "--dataset", spec, "-o", out, *words)[1]
 
 
 def read(path):
@@ -276,16 +260,6 @@ def make(tree, *words):
     return done.stdout
 
 
-def torchrun(ranks, script, *words, **env):
-    """-> the process; its ranks see one processor thread each."""
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             f"--nproc-per-node={ranks}", str(script), *map(str, words)],
-                            env={**ENV, **env}, cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
-
-
-# ---- what many of these tests are made of ---------------------------------------------------
-
 def noise(*shape, seed=0):
     """Standard normal numbers."""
     return torch.randn(*shape, generator=seeded(seed))
@@ -328,8 +302,7 @@ def true_density(mu, logvar, y, z, bandwidth=1.0, own=0.0, without=-1):
         kept = (y == c) & (torch.arange(len(y)) != without)
         width = (logvar[kept].double().exp() + h ** 2 + own).sqrt()
         normals = dist.Independent(dist.Normal(mu[kept], width), 1)
-        weights = dist.Categorical(torch.ones(len(width)))
-        columns.append(dist.MixtureSameFamily(weights, normals).log_prob(z.double()))
+        columns.append(normals.log_prob(z.double()).logsumexp(0) - math.log(len(width)))
     return torch.stack(columns)
 
 
@@ -426,16 +399,6 @@ def test_between_two_normals_the_percentage_is_a_sigmoid(dim, temperature):
     close(two(z)[:, 1], torch.sigmoid(log_odds / temperature))
 
 
-@DENSITIES
-@pytest.mark.parametrize("dim", [1, 2, 16, 64])
-@pytest.mark.parametrize("deviations", [10, 100, 1e4])
-def test_far_from_all_codes_the_priors_are_left(kind, dim, deviations):
-    mu, logvar, y = codes(300, dim)
-    far = mu.mean(0) + deviations * noise(8, dim).sign() * mu.std(0)
-    prior = (y.bincount() / 300).expand(8, 3)
-    close(kind.fit(mu, logvar, y, 3)(far), prior, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("more", [
     {}, {"logvar": torch.tensor([0.0, -1.0, -2.0, 1.0, -9.0])[:, None]},
     {"without": torch.tensor([3, 5, 2 ** 19 - 9, 8, 2 ** 19 - 1])}])
@@ -450,12 +413,14 @@ def test_many_points_have_the_densities_that_each_has_alone(more):
     for i in range(5):
         own = {name: value[[i]] for name, value in more.items()}
         close(together[[i]], posterior.log_density(z[[i]], **own))
-    if "logvar" in more:                # of a Gaussian 204 images are taken at a time
-        gaussian = latent.Gaussian.fit(*codes(200, 64, 10), 10)
-        z, own, _ = codes(300, 64, seed=1)
-        some = [0, 203, 204, 299]
-        alone = torch.cat([gaussian.log_density(z[[i]], own[[i]]) for i in some])
-        close(gaussian.log_density(z, own)[some], alone, atol=1e-3, rtol=1e-5)
+
+
+def test_many_images_have_the_gaussian_densities_that_each_has_alone():
+    gaussian = latent.Gaussian.fit(*codes(200, 64, 10), 10)
+    z, own, _ = codes(300, 64, seed=1)  # 204 of them are taken at a time
+    some = [0, 203, 204, 299]
+    alone = torch.cat([gaussian.log_density(z[[i]], own[[i]]) for i in some])
+    close(gaussian.log_density(z, own)[some], alone, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fit, quantile", [
@@ -475,19 +440,6 @@ def test_floors_are_low_quantiles_of_the_densities_of_codes_left_out_if_they_can
     if fit == latent.Aggregate.fit:     # a single code has no density without itself
         assert fit(mu[:1], logvar[:1], y[:1] * 0, 1).log_floor == -math.inf
     assert latent.Posterior(posterior.prior, log_floor=-7.0).image_floor == -7.0
-
-
-@DENSITIES
-@pytest.mark.parametrize("dim", [1, 2, 16, 64, 512])
-def test_unused_dimensions_do_not_drown_the_percentages_of_images(kind, dim):
-    y = torch.arange(80) % 2
-    mu, logvar = torch.zeros(2, 80, dim)                # N(0, 1) in all unused dimensions
-    mu[:, 0] = 2.0 * y - 1 + torch.cat([noise(40), noise(40, seed=1)])
-    logvar[:, 0] = -4.0
-    known, (mu, logvar, y) = zip(*(part.split(40) for part in (mu, logvar, y)))
-    posterior = kind.fit(*known, 2)
-    images, points = (F.nll_loss(q.log(), y) for q in (posterior(mu, logvar), posterior(mu)))
-    assert images < min(0.55, points + 0.02)
 
 
 @pytest.mark.parametrize("known, told, least, most", [
@@ -510,15 +462,7 @@ def test_words_name_the_likeliest_classes_the_likeliest_last():
     assert latent.words([0.2, 0.001, 0.799], ANIMALS) == "20% cat + 80% eel"
     assert latent.words([0.004, 0.0, 0.996], ANIMALS) == "100% eel"
     assert latent.words([0.006, 0.0, 0.994], ANIMALS) == "1% cat + 99% eel"
-    assert latent.words([0.2, 0.3, 0.5], ANIMALS) == "30% dog + 50% eel"
-
-
-def test_a_subsample_is_sorted_random_and_always_the_same():
-    rows = latent.subsample(1000, 100)
-    assert torch.equal(rows, latent.subsample(1000, 100))
-    assert torch.equal(rows, rows.unique()) and len(rows) == 100
-    assert rows.float().mean() == approx(500, abs=90)
-    assert torch.equal(latent.subsample(5, 100), torch.arange(5))
+    assert latent.words([0.2, 0.3, 0.5], ANIMALS) == "30% dog + 50% eel + others"
 
 
 def drawn_at(temperature):
@@ -581,21 +525,6 @@ def test_percentages_of_an_image_are_those_of_all_others(kind):
         close(found[i], posterior(mu[[i]], logvar[[i]])[0])
 
 
-def test_each_fold_of_images_left_out_has_its_share_of_every_class():
-    asked = []
-
-    class Noted(latent.Aggregate):
-        def fit(mu, logvar, y, *more):
-            asked.append(y.bincount().tolist())
-            return latent.Aggregate.fit(mu, logvar, y, *more)
-
-    images = (noise(60, 2), noise(60, 2), torch.arange(60) % 2, 2)
-    latent.left_out(Noted, 1.0, 1.0, *images)
-    latent.left_out(Noted, 1.0, 1.0, *images, folds=2, most=5)
-    assert asked[:10] == 10 * [[27, 27]]
-    assert [sum(counts) for counts in asked[10:]] == [5, 5]
-
-
 # ---- labels spread to images without one, and which labels to look at -----------------------
 
 TWELVE = torch.arange(240) % 12         # labels of many classes, few, and of no order
@@ -635,18 +564,13 @@ class Moving:
     def __init__(self, strength=0.5):
         self.strength = strength
         self.pairs = []                 # those to be brought into register
-        self.rows = []                  # and which of them are asked for
 
     def distances(self, images, near):                  # of images (N,), which are numbers
         return (images[near] - images[:, None]).square() + 1
 
     def morph(self, first, second):
         self.pairs.append((first, second))
-        return self.meet
-
-    def meet(self, first, second, rows, t):
-        self.rows += rows.tolist()
-        return -first, second
+        return lambda first, second, rows, t: (-first, second)
 
     def __call__(self, x, q, generator):
         return x, q
@@ -687,8 +611,6 @@ def test_label_spreading_solves_its_equation():
     given = noise(30, 2).abs()
     solved = torch.linalg.solve(system, 0.1 * given)
     close(latent.propagate(graph.to_sparse(), given, alpha=0.9), solved, atol=1e-4, rtol=1e-3)
-    usual = inspect.signature(latent.propagate).parameters
-    assert (usual["alpha"].default, usual["rounds"].default) == (0.99, 100)
 
 
 def some_labels():
@@ -762,15 +684,6 @@ def test_two_classes_are_spread_if_more_than_two_thirds_agree(agreeing, believed
     assert latent.labels_agree(graph, rows, label[rows], 2) == believed
 
 
-@pytest.mark.parametrize("said, believed", [((0.6, 0.6), True), ((0.6, 0.5), False),
-                                            ((0.5, 0.6), False)])
-def test_one_witness_against_the_labels_is_enough(said, believed, monkeypatch):
-    for name, share in zip(("left_out_right", "halves_agree"), said):
-        monkeypatch.setattr(latent, name, lambda *anything, share=share: share)
-    graph, rows, labels = some_labels()
-    assert latent.labels_agree(graph, rows, labels, 3) == believed      # a third is 0.56
-
-
 @pytest.mark.parametrize("mu, y, shown, reached", [
     (9 * noise(12, 4)[TWELVE] + 0.1 * noise(240, 4, seed=1), TWELVE, range(16), range(12)),
     (torch.eye(2)[TWELVE % 2], TWELVE % 2, range(8), range(2)),
@@ -834,21 +747,6 @@ def test_pseudo_labels_are_soft_where_asked_or_where_the_labeller_is():
         assert torch.equal(q, found.posterior(found.mu[guessed]) if soft else hard)
 
 
-def test_labels_are_spread_among_so_many_images_of_a_kind_and_the_labeller_has_so_many_codes(
-        monkeypatch):
-    assert (latent.SPREAD, latent.CODES) == (60_000, 20_000)
-    monkeypatch.setattr(latent, "SPREAD", 30)           # of 40 with and 80 without a label
-    monkeypatch.setattr(latent, "CODES", 50)
-    mu, logvar, _, given, *_ = half_labelled()
-    found = latent.embed(*half_labelled(), Moving(1.0))
-    known = found.y >= 0
-    assert torch.equal(found.y[known], CLASSES[known])
-    assert known[given >= 0].all() and known.sum() == 40 + 30
-    some = known.nonzero()[:, 0][latent.subsample(70, 50)]
-    wanted = latent.fit_labeller(mu[some], logvar[some], CLASSES[some], 3)
-    assert torch.equal(found.posterior(mu), wanted(mu))
-
-
 @pytest.mark.parametrize("q, y, found, claimed", [
     # Of the second class 1 has less than its own image, 2 as much, and 3 even more.
     ([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.01, 0.99], [0.1, 0.9]], [0, 0, 0, 0, 1],
@@ -861,28 +759,19 @@ def test_wrong_labels_are_found_where_a_class_is_measured_by_itself(q, y, found,
     assert (rows.tolist(), claims.tolist()) == (found, claimed)
 
 
-def test_flipped_labels_of_clusters_are_found_and_no_others():
-    mu, logvar, y = codes(300, 2, seed=3)
-    mu = mu + 20 * F.one_hot(y, 3)[:, :2]
-    given = y.clone()
-    given[:15] = (y[:15] + 1) % 3
-    q = latent.left_out(latent.Aggregate, 1.0, 1.0, mu, logvar, given, 3)
-    rows, claims = latent.suspects(q, given)
-    assert set(rows.tolist()) <= set(range(15)) and len(rows) >= 10
-    assert torch.equal(claims, y[rows])
-    q = latent.left_out(latent.Aggregate, 1.0, 1.0, mu, logvar, y, 3)
-    assert len(latent.suspects(q, y)[0]) == 0           # of labels that are right, none
-
-
 def test_images_to_label_are_undecided_and_unlike_each_other():
-    q = torch.tensor([0.5, 0.51, 0.52, 0.53, 0.54] + 200 * [0.99])
-    q = torch.stack([q, 1 - q], 1)
-    mu = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [5.1, 0], [0, 9]] + 200 * [[50.0, 50]])
+    first = torch.tensor([0.5, 0.51, 0.52, 0.53, 0.54])
+    q = torch.stack([first, 1 - first], 1)
+    mu = torch.tensor([[0.0, 0], [0.1, 0], [5, 0], [5.1, 0], [0, 9]])
     near = torch.tensor([[0.0, 0.2]])
-    assert 5 <= latent.to_label(q, mu, near, 3)[0] < 30     # the farthest of thirty
-    assert latent.to_label(q[:5], mu[:5], near, 3).tolist() == [4, 3, 1]    # 2 is near 3
-    assert sorted(latent.to_label(q[:5], 0 * mu[:5], mu[:1], 99).tolist()) == [0, 1, 2, 3, 4]
+    assert latent.to_label(q, mu, near, 3).tolist() == [4, 3, 1]        # 2 is near 3
+    assert sorted(latent.to_label(q, 0 * mu, mu[:1], 99).tolist()) == [0, 1, 2, 3, 4]
     assert latent.to_label(q[:0], mu[:0], mu, 9).tolist() == []
+    # Beside them many that are all but certain: the farthest of the thirty least decided.
+    certain = torch.tensor([0.99, 0.01]).expand(200, 2)
+    far = torch.tensor([50.0, 50]).expand(200, 2)
+    chosen = latent.to_label(torch.cat([q, certain]), torch.cat([mu, far]), near, 3)
+    assert 5 <= chosen[0] < 30
 
 
 # ---- hybrids: where they are made, of what, and how they are labelled -----------------------
@@ -910,8 +799,6 @@ def points_of(count=200, strategy="between", **how):
 def test_points_lie_evenly_where_a_strategy_draws_them_and_so_many_are_decoded(
         strategy, decoded):
     known, points = points_of(9000, strategy)
-    _, again = points_of(9000, strategy)                # a seed draws the same ones
-    assert torch.equal(points.z, again.z) and torch.equal(points.decoded, again.decoded)
     assert points.decoded.float().mean() == approx(decoded, abs=0.02 * (decoded == 0.5))
     away = points.z
     if strategy != "prior":
@@ -931,8 +818,7 @@ def test_points_lie_evenly_where_a_strategy_draws_them_and_so_many_are_decoded(
         assert 0 <= t.min() and t.max() <= 1
         assert t.mean() == approx(0.5, abs=0.01)
         assert t.var() == approx(1 / 36, rel=0.1)
-        order = torch.arange(9000)
-        for other in (points.t, points.z[:, 0], known.y[points.i], order, order % 2):
+        for other in (points.t, points.z[:, 0], known.y[points.i], torch.arange(9000)):
             assert uncorrelated(points.decoded, other)
 
 
@@ -982,16 +868,6 @@ def test_labels_are_the_weights_the_posterior_or_their_product(classes):
     product = ((1 - doubt) * weight + doubt * posterior.prior) * evidence
     true = product / product.sum(1, keepdim=True)
     close(hybrids.label("product", points, known), true, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("strategy, rule, line", [
-    ("prior", "weight", "no mixing weights; label them by density"),
-    ("prior", "product", "no mixing weights; label them by density"),
-    ("between", "sum", "no rule 'sum'; there are product, density")])
-def test_a_rule_that_does_not_fit_is_refused_with_those_that_do(strategy, rule, line):
-    known, points = points_of(5, strategy)
-    with pytest.raises(ValueError, match=line):
-        hybrids.label(rule, points, known)
 
 
 def decoder(channels=1):
@@ -1052,32 +928,6 @@ def test_at_both_ends_a_hybrid_is_exactly_its_source_and_has_its_label(end, how)
     assert torch.equal(hybrids.label("product", there, misled), one_hot)
 
 
-@pytest.mark.parametrize("strategy, how, decoded", [
-    ("between", {"residual": False}, 1), ("prior", {}, 1), ("between", {"cut": True}, 0)])
-def test_what_is_only_decoded_or_cut_is_not_morphed(strategy, how, decoded):
-    known, points = points_of(20, strategy)
-    moves = Moving()
-    x = rendered(points, known, BYTES, morph=moves.morph, **how)
-    assert moves.pairs == []
-    assert torch.equal(x, rendered(points, known, BYTES, **how))
-    assert torch.equal(x, (255 * decoder()(points.z)).round().byte()) == decoded
-
-
-def test_each_source_is_decoded_once_and_each_pair_of_them_registered_once():
-    known, points = points_of(120, lines=50)            # many hybrids of each pair
-    moves = Moving()
-    seen = []
-    hybrids.render(points, known, BYTES, lambda z: seen.extend(z) or decoder()(z), batch=7,
-                   morph=moves.morph)
-    sources = torch.cat([points.i, points.j]).unique()
-    assert len(seen) == len(sources) + points.decoded.sum()
-    (first, second), = moves.pairs
-    pairs = torch.stack([points.i, points.j], 1)
-    assert len(first) == len(pairs.unique(dim=0)) <= 50
-    close(first[moves.rows], BYTES[points.i] / 255)
-    close(second[moves.rows], BYTES[points.j] / 255)
-
-
 def test_cut_rectangles_have_their_area_to_whole_pixels_and_lie_anywhere():
     t = torch.linspace(0, 1, 41).repeat(50)
     w = hybrids.rectangles(t, 60, 40, seeded())
@@ -1088,19 +938,8 @@ def test_cut_rectangles_have_their_area_to_whole_pixels_and_lie_anywhere():
     error = brightness(w) - t
     assert error.abs().max() < 0.05
     assert error.mean().abs() < 0.002
-    w = hybrids.rectangles(torch.full((2000,), 0.75), 60, 40, seeded())
-    often = (w == 0).float().mean((0, 1))
-    assert often[0].max() > 0 and often[:, 0].max() > 0     # up to the border
-    close(often, often.flip(0), atol=0.1, rtol=0)
-    close(often, often.flip(1), atol=0.1, rtol=0)
-
-
-@pytest.mark.parametrize("module", [hybrids, cnn])
-def test_a_pixel_is_covered_if_its_middle_is(module):
-    centre = torch.tensor([0.5, 0.5, 0.1])
-    found = module.covered(10, centre, torch.tensor([0.28, 0.32, 0.4]))
-    assert [row.nonzero().flatten().tolist() for row in found] == [
-        [4, 5], [3, 4, 5, 6], [0, 1, 2]]
+    often = (hybrids.rectangles(torch.full((2000,), 0.75), 60, 40, seeded()) == 0).float()
+    close(often.mean(0), often.mean(0).flip(1, 2), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("images, strength, how, cut, registered", [
@@ -1120,21 +959,6 @@ def test_colour_is_cut_and_what_moves_registered_on_two_thousand_lines(
     first, second = (made.x[plain] == images[source[plain]] for source in (i, j))
     assert (first | second).all() == cut
     assert not first.all() and not second.all()
-
-
-@pytest.mark.parametrize("told, rule", [
-    ({}, "product"), ({"strategy": "images", "rule": "weight"}, "weight"),
-    ({"strategy": "prior"}, "density"),
-    ({"strategy": "around", "count": 30, "residual": False}, "product")])
-def test_making_is_sampling_rendering_and_labelling(told, rule):
-    how = {"strategy": "between", "count": 20_000, "residual": True, **told}
-    known, points = points_of(how["count"], how["strategy"])
-    made = hybrids.make(known, GREYS, decoder(), generator=seeded(), **told)
-    x = hybrids.render(points, known, GREYS, decoder(), how["residual"])
-    for found, wanted in zip(made, (x, hybrids.label(rule, points, known), points.z)):
-        assert torch.equal(getattr(found, "z", found), wanted)
-    if how["strategy"] == "images":     # of which the decoder is no part
-        assert torch.equal(made.x, GREYS[points.i])
 
 
 @pytest.mark.parametrize("strategy", ["between", "prior"])
@@ -1172,8 +996,7 @@ def shade_of(q):
     return evenly(q @ torch.tensor([0, 0.5, 1]))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.half,
-                                   torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.half])
 def test_a_mixer_mixes_each_image_with_another_as_its_percentages_say(dtype):
     x, y = shades(dtype=dtype)
     made, q = mixer_of()(x, y.int())
@@ -1185,8 +1008,6 @@ def test_a_mixer_mixes_each_image_with_another_as_its_percentages_say(dtype):
     mixed = weight[weight < 1]
     assert mixed.mean() == approx(0.5, abs=0.04)        # Beta(4, 4)
     assert mixed.var() == approx(1 / 36, rel=0.3)
-    made, q = mixer_of()(torch.ones(1, 1, 16, 16), torch.tensor([2]))
-    assert (made == 1).all() and q.tolist() == [[0, 0, 1]]          # an image alone
 
 
 def test_a_mixer_decodes_half_of_the_batch_moves_all_of_it_and_labels_by_its_rule():
@@ -1199,9 +1020,7 @@ def test_a_mixer_decodes_half_of_the_batch_moves_all_of_it_and_labels_by_its_rul
     moved, moved_q = negative(*shades())
     close(moved, 1 - made)
     assert torch.equal(moved_q, q)
-    assert hybrids.HybridMixer(None, None, None).rule == "product"
-    for rule in ("product", "density"):
-        assert not torch.equal(mixer_of(rule=rule)(*shades())[1], q)
+    assert not torch.equal(mixer_of(rule="product")(*shades())[1], q)
 
 
 @pytest.mark.parametrize("channels, told, cut", [(3, {}, True), (3, {"cut": False}, False),
@@ -1216,10 +1035,7 @@ def test_a_mixer_cuts_colour_unless_told_otherwise(channels, told, cut):
 
 @pytest.mark.parametrize("change, line", [
     (lambda x, y: (2 * x - 1, y), "mix images in .0, 1., and normalise them after"),
-    (lambda x, y: (1.01 * x, y), "mix images in .0, 1., and normalise them after"),
     (lambda x, y: (255 * x, y), "mix images in .0, 1., and normalise them after"),
-    (lambda x, y: (x / 0, y), "mix images in .0, 1., and normalise them after"),
-    (lambda x, y: ((255 * x).long(), y), "mix images in .0, 1., and normalise them after"),
     (lambda x, y: (x, y.float()), "wanted one integer an image"),
     (lambda x, y: (x, y[:9]), "wanted one integer an image"),
     (lambda x, y: (x, F.one_hot(y)), "wanted one integer an image")])
@@ -1238,11 +1054,9 @@ def test_the_workers_of_a_loader_mix_in_ways_of_their_own_anew_every_epoch():
         runs.append([*loader, *loader])
     for one, other in itertools.combinations(runs[0], 2):
         assert not torch.equal(one, other)
-    for one, again in zip(*runs):
-        assert torch.equal(one, again)
-    # In no worker its own generator says how.
-    assert torch.equal(mixer(*shades())[1], mixer_of()(*shades())[1])
-    assert not torch.equal(mixer(*shades())[1], mixer_of()(*shades())[1])
+    assert all(map(torch.equal, *runs))
+
+
 # ---- augmentations and batches --------------------------------------------------------------
 
 def places(count, height, width):
@@ -1258,10 +1072,10 @@ def affine_only(*kept, height=16, width=16, bend=0.0):
 
 
 @pytest.mark.parametrize("kept, height, width", [
-    ("degrees", 17, 17), ("degrees", 17, 41), ("degrees", 41, 17), ("shear", 17, 17),
-    ("shear", 17, 41), ("degrees shear", 17, 21), ("scale", 17, 17), ("shift", 21, 41)])
+    ("degrees", 17, 17), ("degrees", 17, 41), ("degrees", 41, 17), ("shear", 17, 41),
+    ("scale", 17, 17), ("shift", 21, 41)])
 def test_affine_turns_shears_stretches_and_shifts_evenly_up_to_its_limits(kept, height, width):
-    seen = affine_only(*kept.split(), height=height, width=width)
+    seen = affine_only(kept, height=height, width=width)
     row, column = height // 2, width // 2
     centre = seen[:, :, row, column]
     a, c = (seen[:, :, row, column + 1] - centre).T     # a step to the right
@@ -1273,13 +1087,10 @@ def test_affine_turns_shears_stretches_and_shifts_evenly_up_to_its_limits(kept, 
     drawn, wanted = {
         "degrees": ([turn.rad2deg() / 15], (turn.cos(), -turn.sin(), turn.sin(), turn.cos())),
         "shear": ([b / 0.15], (one, b, no, one)),
-        "degrees shear": ([], (a, b, c, d)),            # any, but see below
         "scale": ([a.log() / 0.15, d.log() / 0.15], (a, no, no, d)),
         "shift": ([10 * right / width, 10 * down / height], (one, no, no, one))}[kept]
     close((a, b, c, d), wanted, atol=1e-4, rtol=0)
-    if kept != "scale":                 # turning and shearing keep the area
-        close(a * d - b * c, one, atol=1e-4, rtol=0)
-    if kept != "shift":                 # and all the middle
+    if kept != "shift":                 # all else keeps the middle
         close((right, down), (no, no), atol=1e-4, rtol=0)
     for values in drawn:
         assert values.abs().max() <= 1.001
@@ -1339,9 +1150,6 @@ def test_an_augmentation_draws_from_its_generator_and_keeps_shape_and_range(name
     assert out.shape == x.shape
     assert out.min() >= 0 and out.max() < 1 + 1e-5
     close(q.sum(1), torch.ones(64))
-    if name in (*MIXES, "deformations", "gently"):      # a batch may hold none of a kind
-        x, q = AUGMENTATIONS[name](x[:0], torch.eye(0), seeded())
-        assert x.shape == (0, channels, 16, 20) and q.shape == (0, 0)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -1401,13 +1209,6 @@ def test_what_is_done_to_grey_and_to_colour(channels, found, how, wanted, number
     assert torch.equal(q, torch.eye(8))
 
 
-def test_two_augmentations_take_turns():
-    change = compare.in_turn(*(lambda x, q, generator, name=name: (name, generator)
-                               for name in ("mixup", "cutmix")))
-    seen = [change(None, None, k) for k in range(3)]
-    assert seen == [("mixup", 0), ("cutmix", 1), ("mixup", 2)]
-
-
 def some_of_each():
     """Nine real images that are black, five hybrids that are white; labels of their own."""
     q = torch.eye(14)
@@ -1426,16 +1227,18 @@ def twice(x, q, generator):
 
 
 # Share at first and in the end, how much of the training is over, hybrids in a batch of 40.
-@pytest.mark.parametrize("share, done, count", [
-    ((0, 0), 0, 0), ((0.25, 0.25), 0.7, 10), ((1, 1), 0.9, 40), ((1, 0), 0, 40),
-    ((1, 0), 0.5, 40), ((1, 0), 0.5625, 30), ((1, 0), 0.75, 0), ((1, 0), 0.99, 0),
-    ((0.5, 1), 0.1, 20), ((0.5, 1), 0.625, 30)])
-def test_a_batch_holds_the_stated_share_of_hybrids_or_of_mixed_images(share, done, count):
+@pytest.mark.parametrize("first, last, done, count", [
+    (0, 0, 0, 0), (0.25, 0.25, 0.7, 10), (1, 1, 0.9, 40), (1, 0, 0, 40), (1, 0, 0.5, 40),
+    (1, 0, 0.5625, 30), (1, 0, 0.75, 0), (1, 0, 0.99, 0), (0.5, 1, 0.1, 20),
+    (0.5, 1, 0.625, 30)])
+def test_a_batch_holds_the_stated_share_of_hybrids_or_of_mixed_images(
+        first, last, done, count):
     real, made = some_of_each()
-    x, q = cnn.batches(real, 40, made, share=share)(seeded(), done)
-    assert x.shape == (40, 1, 16, 16)
+    share = (first, last)
     white = [1] * count + [0] * (40 - count)
-    assert brightness(x).tolist() == (q.argmax(1) >= 9).tolist() == white
+    x, q = cnn.batches(real, 40, made, share=share)(seeded(), done)
+    assert brightness(x).tolist() == white
+    assert (q.argmax(1) >= 9).tolist() == white
     x, _ = cnn.batches(real, 40, mix=brighter, share=share)(seeded(), done)
     assert brightness(x).tolist() == white
 
@@ -1469,17 +1272,19 @@ def test_each_image_of_a_batch_has_its_own_probabilities():
     (9, 9, 20), (9, 27, 10), (27, 9, 30), (9, 891, 5), (1, 1000, 5)])
 def test_an_eighth_of_real_images_have_a_given_label_or_more_if_there_are_more(
         given, guessed, count):
-    real, pseudo = ((torch.zeros(size, 1, 16, 16).byte(), row.expand(size, 2))
-                    for size, row in zip((given, guessed), torch.eye(2)))
-    both = [count, 40 - count]
-    how = {"pseudo_labelled": pseudo, "share": (0.5, 0.5)}
+    black = torch.zeros(1000, 1, 16, 16).byte()
+    first, second = torch.eye(2)
+    real = black[:given], first.expand(given, 2)
+    pseudo = black[:guessed], second.expand(guessed, 2)
     made = some_of_each()[1][0], torch.ones(5, 2)
+    both = torch.tensor([count, 40.0 - count])
+    how = {"pseudo_labelled": pseudo, "share": (0.5, 0.5)}
     x, q = cnn.batches(real, 80, made, **how)(seeded(), 0)
     assert brightness(x).tolist() == [1] * 40 + [0] * 40
-    assert q[40:].sum(0).tolist() == both
+    assert torch.equal(q[40:].sum(0), both)
     _, q = cnn.batches(real, 80, mix=brighter, **how)(seeded(), 0)
-    assert q[:40].sum(0).tolist() == [2 * number for number in both]    # mixed are both kinds
-    assert q[40:].sum(0).tolist() == both
+    assert torch.equal(q[:40].sum(0), 2 * both)         # mixed are both kinds
+    assert torch.equal(q[40:].sum(0), both)
 
 
 # ---- deformations: how images of one class move into each other -----------------------------
@@ -1514,15 +1319,13 @@ def test_what_is_seen_at_p_is_the_image_at_p_and_the_flow_there_the_border_conti
 def test_a_flow_is_an_affine_map_in_half_sides_and_the_displacement_of_each_node():
     v = random_part(2, AFFINE)
     flow = deform.flow_of(v, 12, 20)
-    for k, row, column in itertools.product(range(2), (0, 5, 11), (0, 7, 19)):
+    for row, column in itertools.product((0, 5, 11), (0, 7, 19)):
         place = torch.tensor([(column + 0.5) / 10 - 1, (row + 0.5) / 6 - 1, 1])
-        close(flow[k, row, column], v[k, :, :3] @ place * torch.tensor([10.0, 6.0]))
+        close(flow[:, row, column], v[:, :, :3] @ place * torch.tensor([10.0, 6.0]))
     v = random_part(1, BENDING)
     flow = deform.flow_of(v, 17, 21)    # the nodes: every fourth row, every fifth column
     nodes = v[0, :, 3:].unflatten(1, (5, 5)).permute(1, 2, 0)
     close(flow[0, ::4, ::5], nodes * torch.tensor([10.5, 8.5]))
-    v[0, :, 3:] = torch.tensor([[0.2], [-0.1]])         # of one displacement: a shift
-    close(deform.flow_of(v, 12, 20), torch.tensor([2.0, -0.6]).expand(1, 12, 20, 2))
 
 
 # By how much the difference of the images falls, and what is missed of the flow at most.
@@ -1540,19 +1343,6 @@ def test_registration_finds_a_known_flow(part, height, width, better, most):
     bright = target.squeeze(1) > 0.5
     miss = (found - true)[bright].norm(dim=1).mean()
     assert miss < most * true[bright].norm(dim=1).mean()
-
-
-def test_pairs_are_registered_as_each_would_be_alone_without_gradients_or_chance():
-    target = blobs(3)
-    moving = torch.cat([blobs(2, seed=1), target[2:]])
-    state = torch.get_rng_state()
-    together = deform.register(target, moving)
-    assert torch.equal(state, torch.get_rng_state())
-    assert not together.requires_grad
-    for k in range(3):
-        alone = deform.register(target[[k]], moving[[k]])
-        close(alone, together[[k]], atol=1e-3, rtol=0)
-    assert deform.flow_of(together[2:], 16, 16).abs().max() < 0.2   # equal images: already
 
 
 def test_directions_have_the_covariance_of_the_coefficients():
@@ -1581,19 +1371,6 @@ def test_pairs_are_of_one_class_and_drawn_evenly_never_of_an_image_with_itself()
         often += j[i == 0].bincount(minlength=20)
     assert often[0] == 0
     assert often[1:].min() > 50 and often[1:].max() < 110      # 79 on average
-    for count, each in ((100, 10), (300, 10), (1000, 3), (4000, 1)):    # some 3000 pairs
-        i, _ = deform.same_class_pairs(torch.arange(count) % 2, seeded())
-        assert (i.bincount() == each).all()
-
-
-def test_a_random_half_is_half_of_each_class_and_the_smaller_of_an_odd_one():
-    y = torch.tensor([0] * 8 + [1] * 5 + [3])[torch.randperm(14, generator=seeded())]
-    often = torch.zeros(14)
-    for seed in range(400):
-        half = deform.random_half(y, seeded(seed))
-        assert y[half].bincount(minlength=4).tolist() == [4, 2, 0, 0]
-        often += half
-    close(often / 400, torch.tensor([0.5, 0.4, 0, 0])[y], atol=0.12, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1659,15 +1436,12 @@ def test_images_say_whether_they_move_and_whether_a_mirror_makes_their_like(
 # Losses of the strengths 0, 1/4 .. 1; how much less those of mirrored images are.
 @pytest.mark.parametrize("nll, gain, strength, mirror", [
     ([1.0, 0.9, 0.8, 0.8, 0.9], [0.0] * 10, 0.5, False),
-    ([1.0] * 4 + [0.7], [0.0] * 10, 1.0, False),
     ([1.0, 0.996, 0.9955, 0.999, 1.0], [0.0] * 10, 0.0, False),         # below the margin
     ([1.0, 0.996, 0.994, 0.999, 1.0], [0.0] * 10, 0.5, False),
-    ([0.8, 0.9, 1.0, 1.1, 1.2], [-0.1] * 10, 0.0, False),
     ([1.0] * 5, [0.004] * 10, 0.0, False),                              # likewise
     ([1.0] * 5, [0.006] * 10, 0.0, True),
     ([1.0] * 5, [0.3, -0.1] * 7, 0.0, False),   # 2 errors: 0.4 / 14 ** 0.5 = 0.107
-    ([1.0] * 5, [0.3, -0.1] * 9, 0.0, True),    # 0.4 / 18 ** 0.5 = 0.094
-    ([1.0, 0.5, 1.0, 1.0, 1.0], [0.3] * 10, 0.25, True)])
+    ([1.0] * 5, [0.3, -0.1] * 9, 0.0, True)])   # 0.4 / 18 ** 0.5 = 0.094
 def test_a_gain_decides_if_it_is_above_the_margin_and_its_error(
         monkeypatch, nll, gain, strength, mirror):
     spread = torch.tensor([0.2, -0.2]).repeat(len(gain) // 2)       # of random halves
@@ -1676,64 +1450,20 @@ def test_a_gain_decides_if_it_is_above_the_margin_and_its_error(
     monkeypatch.setattr(deform, "held_out_losses", lambda *what: losses)
     moves = TRUE_FIT(*set_that_moves(8), seeded())
     assert (moves.strength, moves.mirror) == (strength, mirror)
-    assert moves.losses.keys() == losses.keys() == {*deform.STRENGTHS, deform.MIRRORED}
     said = [*nll, nll[0] - sum(gain) / len(gain)]
     assert [*moves.losses.values()] == approx(said, abs=1e-6)
-
-
-def test_the_directions_are_those_of_pairs_of_one_class_among_at_most_so_many_images():
-    x, y = set_that_moves(24)
-    moves = TRUE_FIT(x, y, seeded(), most=20)
-    generator = seeded()
-    rows = torch.randperm(24, generator=generator)[:20]
-    i, j = deform.same_class_pairs(y[rows], generator)
-    close(moves.directions, deform.square_root(deform.register(x[rows][i], x[rows][j])))
-    assert (moves.height, moves.width) == (16, 16)
 
 
 def test_what_images_say_depends_on_the_generator_and_not_on_their_kind_of_number():
     x, y = set_that_moves(24)
     x = (x * 255).round().byte()
     state = torch.get_rng_state()
-    found = [TRUE_FIT(x, y, seeded()), TRUE_FIT(x, y, seeded()),
-             TRUE_FIT(x.expand(-1, 3, -1, -1) / 255, (7 * y.int() - 5).tolist(), seeded())]
+    first, second = (TRUE_FIT(x, y, seeded()) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
-    assert found[0].losses == found[1].losses
-    nll = [moves.losses[deform.STILL] for moves in found]
-    assert nll == approx(nll[:1] * 3, rel=1e-4)
-    covariances = [moves.directions @ moves.directions.T for moves in found]
-    close(covariances, covariances[:1] * 3, atol=1e-4, rtol=0)
-
-
-def test_one_half_moves_by_its_own_pairs_and_predicts_the_other(monkeypatch):
-    x, y = set_that_moves(16)
-    x[:, :, 0, 0] = torch.linspace(0, 1, 16)[:, None]           # a name for each image
-    roots, flows, asked = [], [], []
-    true_root = deform.square_root
-    stand_ins = {"blur": lambda x, sigma: x,
-                 "square_root": lambda v: roots.append(v) or true_root(v),
-                 "warp": lambda x, flow: flows.append(flow) or x,
-                 "kernel_nll": lambda *what: asked.append(what) or float(len(asked))}
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(deform, name, stand_in)
-    i, j = deform.same_class_pairs(y, seeded())
-    v = torch.stack([i, j], 1).float()[:, :, None].expand(-1, 2, 28)
-    losses = deform.held_out_losses(x, y, i, j, v, seeded(), splits=2)
-    choices = [*deform.STRENGTHS, deform.MIRRORED]
-    for k, choice in enumerate(choices):        # two halves, each both ways
-        assert losses[choice].tolist() == [k + 1, k + 7, k + 13, k + 19]
-    for k, (seen, seen_y, other, other_y) in enumerate(asked):
-        names, others = ((15 * x[:, 0, 0, 0]).round().long() for x in (seen, other))
-        assert torch.equal(y[others], other_y)
-        assert len(others) == 8
-        if choices[k % 6] == deform.MIRRORED:   # half of them without their name
-            continue
-        assert torch.equal(y[names], seen_y)
-        assert names.bincount(minlength=16).unique().tolist() == [0, 10]
-        assert set(names.tolist()).isdisjoint(others.tolist())
-        assert set(roots[k // 6][:, :, 0].flatten().tolist()) <= set(names.tolist())
-    for k in range(16):                 # the same random numbers at every strength
-        close(flows[k], (k % 4 + 1) * flows[k - k % 4], atol=1e-3, rtol=0)
+    assert first.losses == second.losses
+    other = TRUE_FIT(x.expand(-1, 3, -1, -1) / 255, (7 * y.int() - 5).tolist(), seeded())
+    covariances = [moves.directions @ moves.directions.T for moves in (first, other)]
+    close(*covariances, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("y", [[], [0], [0, 1], [0, 1, 2, 3]], ids=len)
@@ -1741,10 +1471,7 @@ def test_without_two_images_of_a_class_nothing_moves(y):
     moves = TRUE_FIT(easy(4)[0][:len(y)], torch.tensor(y).long(), seeded())
     assert moves.words() == "no deformations"
     x = torch.rand(5, 1, 16, 16, generator=seeded())
-    q = torch.eye(5)
-    for move in (moves, moves.gently):
-        moved, same_q = move(x, q, seeded())
-        assert moved is x and same_q is q
+    assert moves(x, None, seeded())[0] is moves.gently(x, None, seeded())[0] is x
 
 
 @pytest.mark.parametrize("y", [
@@ -1785,13 +1512,11 @@ def test_images_move_by_flows_of_their_own_and_gently_a_part_stays_as_it_was(str
 
 @pytest.mark.parametrize("strength, mirror, words", [
     (0.0, False, "no deformations"), (0.0, True, "no deformations, mirrored or not"),
-    (0.25, False, "deformations of strength 0.25"),
     (1.0, True, "deformations of strength 1, mirrored or not")])
 def test_deformations_in_words_and_restored_from_their_fields(strength, mirror, words):
     moves = deformations(strength, mirror, 12, 20)
-    assert moves.words() == words
     again = deform.Deformations.restore({"deformations": moves.fields()})
-    assert again.words() == words
+    assert again.words() == moves.words() == words
     assert torch.equal(again.sample(5, seeded()), moves.sample(5, seeded()))
 
 
@@ -1907,28 +1632,10 @@ def test_reliability_has_ten_bins_without_what_is_too_certain_or_too_rare():
     low, high = common.reliability(q, y)
     assert low == approx({"stated": 0.3, "observed": 0.25, "pairs": 100})
     assert high == approx({"stated": 0.7, "observed": 0.75, "pairs": 100})
-    q = torch.tensor([[0.3, 0.7]] * 30)         # thirty pairs are enough for a row
-    assert len(common.reliability(q, torch.ones(30).long())) == 2
-    assert not common.reliability(q[:29], torch.ones(29).long())
     q = torch.linspace(0.051, 0.949, 2000)
     rows = common.reliability(torch.stack([q, 1 - q], 1), torch.zeros(2000).long())
     stated = [row["stated"] for row in rows]
     assert stated == approx([0.095 + 0.09 * k for k in range(10)], abs=0.002)
-    assert sum(row["pairs"] for row in rows) == 4000
-
-
-def test_a_ranking_is_a_line_a_class_the_likeliest_first():
-    text = common.ranking(torch.tensor([0.25, 0.05, 0.7]), ANIMALS)
-    assert text == " 70.0%  eel\n 25.0%  cat\n  5.0%  dog"
-
-
-@pytest.mark.parametrize("seconds, text", [
-    (0.1, "0 s"), (19.8, "59 s"), (19.9, "1:00 min"), (61.7, "3:05 min"),
-    (1199.7, "59:59 min"), (1200, "1:00 h"), (2600, "2:10 h")])
-def test_a_step_says_how_long_it_will_take_in_human_units(seconds, text, monkeypatch, capsys):
-    monkeypatch.setattr(common.time, "monotonic", itertools.count(0, seconds).__next__)
-    common.Progress(4, "vae")(1, "well")        # one of four rounds of so many seconds is over
-    assert capsys.readouterr().err.strip() == f"vae 1/4  well  {text} left"
 
 
 # ---- training: both networks ----------------------------------------------------------------
@@ -1976,20 +1683,15 @@ def test_every_weight_is_trained_at_a_rate_that_rises_over_15_hundredths_and_fal
 @NETWORKS
 @pytest.mark.parametrize("steps, how, ends", [
     (12, {"rounds": 4}, [3, 6, 9, 12]), (3, {"rounds": 10}, [1, 2, 3]),
-    (7, {"rounds": 2}, [4, 7]), (20, {}, list(range(2, 21, 2)))])
+    (7, {"rounds": 2}, [4, 7])])
 def test_a_row_tells_where_its_round_ends_and_how_fast_it_was(
         module, steps, how, ends, monkeypatch):
     seconds = itertools.count()         # a clock that is looked at twice a round
     monkeypatch.setattr(module.time, "perf_counter", seconds.__next__)
-    model, next_batch, _ = tiny_training(module)
-    told = []
-    rows = module.fit(model, lambda *asked: told.append(asked[1:]) or next_batch(*asked),
-                      steps=steps, generator=seeded(), **how)
+    _, _, rows = tiny_training(module, steps=steps, **how)
     rows = list(rows)
     assert [row["step"] for row in rows] == [row["state"]["step"] for row in rows] == ends
     assert [row["images_per_second"] for row in rows] == list(8 * np.diff([0, *ends]))
-    # The classifier's batches are told how much is over.
-    assert told == [(k / steps,) if module is cnn else () for k in range(steps)]
 
 
 @pytest.mark.parametrize("module, how, weights", [
@@ -2029,21 +1731,11 @@ def test_predicting_between_rounds_changes_neither_the_training_nor_the_mode():
 
 
 @NETWORKS
-def test_a_training_depends_on_its_seed_and_draws_from_its_generator_alone(module):
-    model, _, rows = tiny_training(module)
-    state = torch.get_rng_state()
-    list(rows)
-    assert torch.equal(state, torch.get_rng_state())
-    for seed in (0, 1):
-        again, _, rows = tiny_training(module, seed=seed)
-        list(rows)
-        assert same(again.state_dict(), model.state_dict()) == (seed == 0)
-
-
-@NETWORKS
 def test_a_state_resumes_the_straight_run_as_often_as_it_is_asked(module, tmp_path):
     model, _, rows = tiny_training(module)
+    random_numbers = torch.get_rng_state()
     rows = list(rows)                   # the state of an earlier row is still its own
+    assert torch.equal(random_numbers, torch.get_rng_state())   # a training has a generator
     torch.save(rows[1]["state"], tmp_path / "state.pt")
     for state in (rows[1]["state"], rows[1]["state"], read(tmp_path / "state.pt")):
         again, _, rest = tiny_training(module, state=state, generator=seeded(5), seed=1)
@@ -2062,90 +1754,30 @@ def test_a_loss_that_is_not_finite_is_told_with_its_steps(module):
         next(rows)
 
 
-@pytest.mark.parametrize("how, dtype", [({"amp": True}, torch.bfloat16), ({}, torch.float32)])
-def test_networks_compute_in_the_precision_asked_for_and_answer_in_32_bits(how, dtype):
-    x, _ = easy(9)
-    model, _, rows = tiny_training(vae, steps=1, rounds=1, **how)
-    classifier, _, more_rows = tiny_training(cnn, steps=1, rounds=1, **how)
-    seen = set()
-    for layer in (*model.modules(), *classifier.modules()):
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda layer, args, out: seen.add(out.dtype))
-    for ask in (lambda: next(rows)["state"]["model"],
-                lambda: next(more_rows)["state"]["model"],
-                lambda: vae.evaluate(model, x, generator=seeded(), **how),
-                lambda: vae.encode_all(model, x, **how),
-                lambda: vae.decode_all(model, torch.zeros(9, 4), **how),
-                lambda: cnn.predict(classifier, x, **how)):
-        seen.clear()
-        found = pytree.tree_leaves(ask())
-        assert seen == {dtype}
-        assert not any(part.dtype == torch.bfloat16 for part in found if torch.is_tensor(part))
-
-
-def test_more_images_take_more_steps_and_colour_twice_as_many():
-    steps = {1: 600, 1000: 600, 1001: 1500, 10_000: 1500, 10_001: 3000}
-    assert {n: vae.steps_for(torch.empty(n, 1, 1, 1)) for n in steps} == steps
-    assert vae.steps_for(torch.empty(9, 1), 5000) == 1000           # features
-    for n, steps in {50: 300, 100: 300, 101: 400, 300: 400, 301: 800, 1000: 800, 1001: 1600,
-                     3000: 1600, 3001: 2400}.items():
-        images = torch.empty(n, 1, 1, 1)
-        assert cnn.steps_for(images) == cnn.steps_for(images[:9], n) == steps
-        assert cnn.steps_for(images.expand(-1, 3, 1, 1)) == 2 * steps
-        assert cnn.steps_for(images[:, :, 0, 0]) == min(steps, 800)         # features
+@pytest.mark.parametrize("n, of_vae, of_cnn", [
+    (100, 600, 300), (101, 600, 400), (301, 600, 800), (1000, 600, 800), (1001, 1500, 1600),
+    (3001, 1500, 2400), (10_001, 3000, 2400)])
+def test_more_images_take_more_steps_and_colour_twice_as_many(n, of_vae, of_cnn):
+    images = torch.empty(n, 1, 1, 1)
+    assert vae.steps_for(images) == of_vae
+    assert cnn.steps_for(images) == cnn.steps_for(images[:9], n) == of_cnn
+    assert cnn.steps_for(images.expand(-1, 3, 1, 1)) == 2 * of_cnn
+    assert cnn.steps_for(images[:, :, 0, 0]) == min(of_cnn, 800)        # features
     # Others without a label count up to 1,000 images.
-    for n, others, steps in ((100, 150, 400), (100, 50_000, 800), (3000, 9000, 1600)):
-        assert cnn.steps_for(torch.empty(n, 1, 1, 1), unlabelled=others) == steps
+    both = min(n + 100, 1000)
+    assert cnn.steps_for(images[:100], unlabelled=n) == cnn.steps_for(images, both)
 
 
-@pytest.fixture
-def handed(monkeypatch):
-    """`train` returns what it hands to `fit`: the model, its batches, the settings."""
-    def fit(model, next_batch, **how):
-        return SimpleNamespace(model=model, next_batch=next_batch, **how)
-
-    for module in (vae, cnn):
-        monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: [model])
-
-
-PLAIN = {"steps": 600, "lr": 3e-3, "rounds": 10, "amp": False, "state": None}
-OTHER = {"steps": 7, "lr": 0.1, "rounds": 3, "amp": True, "state": {"step": 2}}
-
-
-@pytest.mark.parametrize("module, own, other, size", [
-    (vae, {"beta": 1.0}, {"beta": 3.0}, {"latent_dim": 7}),
-    (cnn, {"weight_decay": 0.05}, {"weight_decay": 0.2}, {"width": 5})])
-@pytest.mark.parametrize("words, seed, batch_size", [
-    ({}, 0, 64), ({"seed": 5, "batch_size": 6}, 5, 6),
-    ({"rank": 2, "ranks": 4, "seed": 5}, 2_000_005, 16)])       # ranks share a batch
-def test_a_training_is_a_fit_of_a_seeded_network(
-        handed, module, own, other, size, words, seed, batch_size):
-    x, y = easy(40, 16, 3)
-    x = x[..., :9]                      # the longer side counts
-    parts = [x] if module is vae else [x, F.one_hot(y, 3).float()]
-    for given, wanted in (({}, {**PLAIN, **own}), ({**OTHER, **other}, {**OTHER, **other})):
-        model, fit = module.train(*parts, **words, **given, **size)
-        torch.manual_seed(words.get("seed", 0))
-        fresh = vae.VAE(3, 16, 9, 7) if module is vae else cnn.CNN(3, 3, 5, 16)
-        assert model.config == fresh.config
-        assert same(model.state_dict(), fresh.state_dict())     # nothing is trained yet
-        assert fit.model == ([model] if "ranks" in words else model)
-        assert fit.generator.initial_seed() == seed
-        assert {key: getattr(fit, key) for key in wanted} == wanted
-        batch = fit.next_batch(*[seeded(), 0][:len(parts)])
-        assert len(batch if module is vae else batch[0]) == batch_size
-
-
-def test_the_cnn_sees_hybrids_pseudo_labels_movements_and_augmentations(handed):
+def test_the_cnn_sees_hybrids_pseudo_labels_movements_and_augmentations(monkeypatch):
+    monkeypatch.setattr(cnn, "fit", lambda model, next_batch, **settings: next_batch)
     real, made = some_of_each()
     pseudo = torch.full((4, 1, 16, 16), 51).byte(), torch.eye(14)[:4]
     how = dict(mix=twice, share=(0.5, 0.25), augmentations=[brighter, twice], move=brighter,
                pseudo_labelled=pseudo)
-    model, fit = cnn.train(*real, made=made, **how)
+    model, next_batch = cnn.train(*real, made=made, **how)
     assert model.config == {"channels": 1, "classes": 14, "width": 24, "side": 16}
     for done in (0, 0.9):
-        found = fit.next_batch(seeded(), done)
+        found = next_batch(seeded(), done)
         close(found, cnn.batches(real, 64, made, **how)(seeded(), done))
 
 
@@ -2173,16 +1805,6 @@ def test_the_elbo_is_a_likelihood_of_draws_and_a_divergence():
     close(model.decode(z), model.logits(z).sigmoid())
 
 
-def test_the_width_of_a_code_stays_within_what_can_be_computed():
-    model, _, _ = tiny_training(vae)
-    for weight in model.encoder.parameters():
-        weight.data.zero_()
-    for sign in (1, -1):                # mu, then logvar: 10, 30, 50, 70
-        model.encoder[-1].bias.data = sign * torch.linspace(-70, 70, 8)
-        _, logvar = model.encode(easy(1)[0] / 255)
-        assert logvar.tolist() == [[sign * 10] * 4]
-
-
 @pytest.mark.parametrize("height, width", [
     (16, 16), (28, 28), (31, 31), (64, 64), (17, 40), (40, 17)])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -2192,11 +1814,9 @@ def test_networks_take_images_of_any_shape_in_parts_and_every_pixel_reaches_the_
     x = images / 255
     model = vae.VAE(channels, height, width, latent_dim=5, hidden=8, units=16)
     mu, logvar = vae.encode_all(model, images, batch=3)
-    assert mu.shape == logvar.shape == (7, 5)
     close((mu, logvar), model.encode(x))
     decoded = vae.decode_all(model, mu, batch=3)
     assert decoded.shape == x.shape
-    assert decoded.min() >= 0 and decoded.max() <= 1
     close(decoded, model.decode(mu))
     classifier = cnn.CNN(channels, 4, width=4, side=max(height, width))
     close(cnn.predict(classifier, images, batch=3), classifier.eval()(x))
@@ -2240,18 +1860,13 @@ def test_the_first_layer_predicts_by_the_moments_that_it_has_seen():
 
 
 # Of the networks as files of this format hold them: change one, and FORMAT with it.
-@pytest.mark.parametrize("kind, side, config, weights, wanted", [
-    (vae.VAE, 28, (28, 28, 2, 4, 8), 4572, [0.2441, 0.6114, 0.6945, 0.4509, 0.0897]),
-    (vae.VAE, 64, (64, 64, 2, 4, 8), 9096, [1.1466, 1.7326, 1.5311, 0.6275, 0.0686]),
-    (vae.VAE, 32, (32, 32), 1_669_744, None), (vae.VAE, 33, (33, 33), 697_792, None),
-    (cnn.CNN, 28, (2, 4, 28), 2782, [1.9016, -1.1787]),
-    (cnn.CNN, 64, (2, 4, 64), 12_062, [2.43, -1.6487]),
-    (cnn.CNN, 28, (10,), 95_986, None), (cnn.CNN, 32, (10, 24, 32), 95_986, None),
-    (cnn.CNN, 33, (10, 24, 33), 428_146, None)])
-def test_a_network_of_this_format_computes_what_it_did(kind, side, config, weights, wanted):
+@pytest.mark.parametrize("kind, side, config, wanted", [
+    (vae.VAE, 28, (28, 28, 2, 4, 8), [0.2441, 0.6114, 0.6945, 0.4509, 0.0897]),
+    (vae.VAE, 64, (64, 64, 2, 4, 8), [1.1466, 1.7326, 1.5311, 0.6275, 0.0686]),
+    (cnn.CNN, 28, (2, 4, 28), [1.9016, -1.1787]), (cnn.CNN, 64, (2, 4, 64), [2.43, -1.6487])])
+def test_a_network_of_this_format_computes_what_it_did(kind, side, config, wanted):
     model = kind(1, *config).eval()
     assert common.FORMAT == 6
-    assert sum(weight.numel() for weight in model.parameters()) == weights
     for weight in model.parameters():   # the same on every machine
         wave = torch.arange(weight.numel()).double().mul(0.7).sin()
         weight.data = (wave * weight.numel() ** -0.25).float().view(weight.shape)
@@ -2259,56 +1874,14 @@ def test_a_network_of_this_format_computes_what_it_did(kind, side, config, weigh
     again = module.restore({"config": model.config, "model": model.state_dict()})
     assert type(again) is kind
     assert same(again.state_dict(), model.state_dict())
-    assert not again.training
-    if wanted:
-        wave = torch.arange(side ** 2).double().mul(0.3).sin()
-        x = (wave / 2 + 0.5).float().view(1, 1, side, side)
-        found = again(x) if kind is cnn.CNN else torch.cat(again.encode(x), 1)
-        spread = [] if kind is cnn.CNN else [again.decode(found[:, :2]).std().item()]
-        assert found[0].tolist() + spread == approx(wanted, abs=2e-4)
-
-
-# ---- what people hand in: kinds of numbers, and ranges --------------------------------------
-
-NUMBERS = pytest.mark.parametrize("dtype", [torch.float64, torch.half, torch.bfloat16])
-
-
-def codes_as(dtype):
-    """Codes of a kind of number with labels of 32 bits; the same in 32 and in 64 bits."""
-    mu, logvar, y = codes(200, 3)
-    mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return (mu, logvar, y.int()), (mu.float(), logvar.float(), y)
-
-
-@NUMBERS
-@pytest.mark.parametrize("kind", [latent.Aggregate, latent.Gaussian])
-def test_percentages_and_temperatures_of_any_floats_and_labels_of_32_bits(kind, dtype):
-    some, plain = codes_as(dtype)
-    posterior = kind.fit(*some, 3)
-    true = kind.fit(*plain, 3)
-    assert torch.equal(posterior(some[0]), true(plain[0]))
-    assert torch.equal(posterior(*some[:2]), true(*plain[:2]))
-    posterior.image_floor = true.image_floor = 0.0          # else the labels are too clear
-    found = latent.best_temperature(posterior, *some)
-    assert found == approx(latent.best_temperature(true, *plain), rel=1e-3)
-
-
-@NUMBERS
-@pytest.mark.parametrize("strategy", hybrids.STRATEGIES)
-def test_labels_are_spread_and_hybrids_made_of_any_floats(strategy, dtype):
-    images, _ = easy(200)
-    weights = noise(3, 256)             # of 32 bits, as a network has them
-    found = []
-    for mu, logvar, y in codes_as(dtype):
-        y[50:] = -1
-        known = latent.embed(mu, logvar, torch.arange(200), y, 3, mu, images)
-        rule = "density" if strategy == "prior" else "product"
-        made = hybrids.make(
-            known, images, lambda z: (z @ weights).sigmoid().view(-1, 1, 16, 16),
-            strategy=strategy, count=40, rule=rule, generator=seeded())
-        found.append((known.y, made.x, made.q, made.points.z))
-    assert (found[0][0] >= 0).all()
-    assert all(map(torch.equal, *found))
+    wave = torch.arange(side ** 2).double().mul(0.3).sin()
+    x = (wave / 2 + 0.5).float().view(1, 1, side, side)
+    if kind is vae.VAE:
+        code = torch.cat(again.encode(x), 1)
+        found = [*code[0].tolist(), again.decode(code[:, :2]).std().item()]
+    else:
+        found = again(x)[0].tolist()
+    assert found == approx(wanted, abs=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.half, torch.bfloat16])
@@ -2323,25 +1896,18 @@ def test_images_of_any_kind_of_number_are_read_alike(dtype):
     close(deform.coarse(others.expand(-1, 3, -1, -1)), deform.coarse(x), atol=0.01, rtol=0)
 
 
-OUTSIDE = pytest.mark.parametrize("spoil", [
-    lambda x: x.float(), lambda x: x / 127.5 - 1, lambda x: x / 255 * 1.2,
-    lambda x: x / 255 * math.nan, lambda x: x.int() + 100, lambda x: x.long() - 100],
-    ids=["bytes as floats", "from -1 to 1", "above 1", "NaN", "above 255", "below 0"])
-REFUSED = r"images span \S+ to \S+; wanted floats in .0, 1., or uint8"
-
-
-@OUTSIDE
 @pytest.mark.parametrize("ask", [
     lambda x: vae.encode_all(tiny_training(vae)[0], x),
-    lambda x: vae.evaluate(tiny_training(vae)[0], x, generator=seeded()),
     lambda x: vae.batches(x, 30)(seeded()),
     lambda x: cnn.predict(tiny_training(cnn)[0], x),
     lambda x: cnn.batches((x, torch.eye(9)), 30)(seeded(), 0),
-    lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded()),
-    lambda x: deformations().distances(x, torch.zeros(9, 1).long())],
-    ids=["encode", "evaluate", "vae.batches", "predict", "cnn.batches", "fit", "distances"])
+    lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded())],
+    ids=["encode", "vae.batches", "predict", "cnn.batches", "fit"])
+@pytest.mark.parametrize("spoil", [
+    lambda x: x.float(), lambda x: x / 127.5 - 1, lambda x: x / 255 * math.nan,
+    lambda x: x.int() + 100], ids=["bytes as floats", "from -1 to 1", "NaN", "above 255"])
 def test_images_outside_their_range_are_refused(ask, spoil):
-    with pytest.raises(ValueError, match=REFUSED):
+    with pytest.raises(ValueError, match=r"images span .* wanted floats in .0, 1., or uint8"):
         ask(spoil(easy(9)[0]))
 
 
@@ -2353,8 +1919,6 @@ def state():
     return (str(random.getstate()), str(numpy.random.get_state()),
             torch.get_rng_state().tolist(), torch.get_num_threads(),
             torch.get_default_dtype(), list(sys.argv), dict(os.environ),
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
             torch.are_deterministic_algorithms_enabled())
 before = state()
 for name in "common deform vae latent hybrids cnn compare".split():
@@ -2425,8 +1989,7 @@ def test_latent_works_alone(alone):
         assert latent.words(q, ["cat", "dog"]) == "50% cat + 50% dog"
 
 
-@pytest.mark.parametrize("strategy", hybrids.STRATEGIES)
-def test_hybrids_work_alone(alone, strategy):
+def test_hybrids_work_alone(alone):
     def undecided(z):                   # all that hybrids ask of a posterior
         return torch.full((len(z), 2), 0.5)
 
@@ -2435,8 +1998,7 @@ def test_hybrids_work_alone(alone, strategy):
     known = SimpleNamespace(mu=mu, logvar=mu, y=torch.arange(6) % 2, posterior=undecided)
     made = alone("hybrids").make(
         known, random_pixels(6, 1, 16, 16), lambda z: z.new_zeros(len(z), 1, 16, 16),
-        strategy=strategy, count=10, rule="density" if strategy == "prior" else "product",
-        moves=deformations(), generator=seeded())
+        count=10, moves=deformations(), generator=seeded())
     assert made.x.shape == (10, 1, 16, 16)
     close(made.q.sum(1), torch.ones(10))
 
@@ -2467,11 +2029,9 @@ def test_glyphs_are_those_of_the_results_that_stand_in_assets():
     import matplotlib
     data = digits()
     assert data.images.shape == (10_000, 1, 28, 28)
-    assert data.test_images.shape == (2_000, 1, 28, 28)
     assert data.labels.bincount().tolist() == [1000] * 10
     assert data.test_labels.bincount().tolist() == [200] * 10
     assert torch.equal(data.validation, torch.arange(9000, 10_000))     # of other fonts
-    assert len(data.images.flatten(1).unique(dim=0)) == 10_000
     assert data.images.float().mean().item() == approx(35.887, abs=0.005)
     last = data.test_images[-1].float().view(4, 7, 4, 7).mean((1, 3))
     wanted = [[0.22, 63.73, 83.84, 0.14], [2.92, 151.82, 128.49, 23.96],
@@ -2481,31 +2041,6 @@ def test_glyphs_are_those_of_the_results_that_stand_in_assets():
     if build == ("2.14.1+cu130", "3.11.2", "AVX512"):   # others may round otherwise
         assert common.fingerprint(data.images.numpy().tobytes()) == "ba110d63c7da42c4"
         assert common.fingerprint(data.test_images.numpy().tobytes()) == "f2b70e4f0f7aecb8"
-
-
-def written(digit):
-    """A digit as matplotlib writes it, white on black (28,28), 18 pixels high."""
-    sheet = common.figure(2, 2)
-    sheet.text(0.5, 0.5, digit, fontsize=72, ha="center", va="center")
-    buffer = io.BytesIO()
-    sheet.savefig(buffer)
-    ink = ImageChops.invert(Image.open(buffer).convert("L"))
-    ink = ink.crop(ink.getbbox())
-    ink = ink.resize((round(18 * ink.width / ink.height), 18))
-    page = Image.new("L", (28, 28))
-    page.paste(ink, ((28 - ink.width) // 2, 5))
-    return torch.from_numpy(np.array(page)).float()
-
-
-@pytest.mark.parametrize("digit", [2, 3, 4, 5, 6, 7, 9])        # the others look alike
-def test_glyphs_are_digits_neither_mirrored_nor_upside_down(digit):
-    data = digits()
-    true = written(str(digit))
-    for images, labels in ((data.images, data.labels), (data.test_images, data.test_labels)):
-        mean = images[labels == digit].float().mean((0, 1))
-        likeness = (true * mean).sum()
-        for axes in ([0], [1], [0, 1]):
-            assert likeness > (true.flip(axes) * mean).sum()
 
 
 def set_aside_by_hand(labels, names, share, least, last):
@@ -2521,16 +2056,13 @@ def set_aside_by_hand(labels, names, share, least, last):
 
 @pytest.mark.parametrize("share, least, last, first", [
     (0.2, 2, False, [12, 14, 15]),      # on every machine
-    (0.1, 10, True, [6, 7, 10]),
-    (0.1, 11, False, [14, 15, 32])])
+    (0.1, 10, True, [6, 7, 10])])
 def test_of_each_class_a_hash_of_the_names_sets_a_share_aside(share, least, last, first):
     labels = [0] * 40 + [1] * 2 + [2] + [-1] * 9 + [0] * 7 + [3] * 10
     names = [f"train/{k}" for k in range(len(labels))]
     rows = common.set_aside(labels, names, share, least, last)
     assert rows.tolist() == set_aside_by_hand(labels, names, share, least, last)
     assert common.set_aside([0] * 40, names, share, least, last)[:3].tolist() == first
-    words = [["cat", "dog", "eel", "owl", ""][label] for label in labels]
-    assert torch.equal(common.set_aside(words, names, share, least, last), rows)
     for count in range(least, 40):      # one more image moves at most one other
         before, after = (set(common.set_aside([0] * n, names, share, least, last).tolist())
                          for n in (count, count + 1))
@@ -2564,7 +2096,6 @@ def test_pool_and_validation_are_all_training_images(make_set):
     assert torch.equal(rows.sort()[0], torch.arange(len(data.labels)))
     assert torch.equal(data.pool.sort()[0], data.pool)
     assert len(data.names) == len(data.images) + len(data.test_images)
-    assert data.names[len(data.images)] == "test/0"
     if data.name != "glyphs":           # a tenth of each class, chosen by name
         wanted = set_aside_by_hand(data.labels.tolist(), data.names, 0.1, 10, True)
         assert data.validation.tolist() == wanted
@@ -2581,9 +2112,6 @@ def test_the_pool_has_rows_with_a_label_and_rows_without():
     facts = json.loads(json.dumps(data.facts()))
     assert (facts["images"], facts["unlabelled"], facts["test_images"]) == (90, 30, 60)
     assert (facts["shape"], facts["classes"]) == ([1, 16, 16], ANIMALS)
-    assert data.to("meta") is data
-    moved = [value.device.type for value in vars(data).values() if torch.is_tensor(value)]
-    assert moved == ["meta"] * 6
 
 
 @pytest.mark.parametrize("part", [None, "images", "labels", "test_images", "test_labels"])
@@ -2595,9 +2123,6 @@ def test_a_fingerprint_is_that_of_images_and_labels_and_of_nothing_else(part):
         tensor = getattr(second, part)
         tensor[7] = 1 - tensor[7]
     assert (first.fingerprint == second.fingerprint) == (part is None)
-    first.images = first.images.reshape(-1, 1, 8, 32)
-    del first.fingerprint               # it is computed once
-    assert first.fingerprint != second.fingerprint
 
 
 @SETS
@@ -2614,34 +2139,17 @@ def test_subsets_are_balanced_nested_and_for_ten_seeds_disjoint(make_set):
         assert torch.isin(small, large).all()
         used.update(small.tolist())
     assert len(used) == 1000
-    eleventh = common.subset(data, 100, 10).tolist()
-    assert len(set(eleventh) & set(common.subset(data, 100, 0).tolist())) < 20
     every = common.subset(data, len(data.pool), 3)
     assert torch.equal(every.sort()[0], data.pool)
 
 
 @pytest.mark.parametrize("n, seed, glyphs, others", [
-    (5, 3, [3556, 3520, 5043, 2057, 1788], [2420, 1333, 1698, 702, 1855]),
-    (9, 0, [44, 4861, 8187, 7075, 5003], [259, 2724, 366, 1522, 424]),
-    (12, 27, [6070, 2561, 7992, 2683, 5844], [357, 1387, 2907, 2614, 1131])])
+    (5, 3, [3556, 3520, 5043], [2420, 1333, 1698]),
+    (9, 0, [44, 4861, 8187], [259, 2724, 366]),
+    (12, 27, [6070, 2561, 7992], [357, 1387, 2907])])
 def test_subsets_are_those_of_the_results_that_stand_in_assets(n, seed, glyphs, others):
-    assert common.subset(digits(), n, seed)[:5].tolist() == glyphs
-    assert common.subset(uneven(), n, seed)[:5].tolist() == others
-
-
-def test_the_seed_draws_which_classes_have_an_image_if_not_all_can():
-    data = record(*easy(600, classes=10), list("0123456789"))
-    seen = Counter()
-    for seed in range(40):
-        few, more, most = (common.subset(data, n, seed) for n in (3, 5, 30))
-        labels = data.labels[few].tolist()
-        assert len(set(labels)) == 3
-        assert set(labels) < set(data.labels[more].tolist())
-        assert torch.isin(more, most).all()
-        seen.update(labels)
-    assert len(seen) == 10
-    assert max(seen.values()) < 25
-    assert data.labels[common.subset(data, 10, 3)].tolist() == list(range(10))
+    assert common.subset(digits(), n, seed)[:3].tolist() == glyphs
+    assert common.subset(uneven(), n, seed)[:3].tolist() == others
 
 
 def test_rows_to_learn_from_are_the_pool_or_so_many_with_a_label(capsys):
@@ -2659,19 +2167,6 @@ def test_rows_to_learn_from_are_the_pool_or_so_many_with_a_label(capsys):
         common.subset(data, 271, 0)
 
 
-@pytest.mark.parametrize("sizes, asked, wanted", [
-    ([50, 10, 10], False, [10, 50]),
-    ([10, 96], True, [10, 96]),
-    ([10, 100, 1000], False, [10, 96]),
-    ([100, 1000], False, [96])])
-def test_sizes_fit_the_images_unless_they_were_asked_for(capsys, sizes, asked, wanted):
-    assert common.fit_sizes(sizes, asked, 96) == wanted
-    said = capsys.readouterr().err
-    assert ("96 images to train on" in said and str(wanted) in said) == (max(sizes) > 96)
-    with pytest.raises(common.Mistake, match="97 images .* there are 96 .* SIZES"):
-        common.fit_sizes([10, 97], True, 96)
-
-
 # ---- arrays ---------------------------------------------------------------------------------
 
 def noise_images(*shape):
@@ -2684,14 +2179,12 @@ def thirds(n):
 
 @pytest.mark.parametrize("given, wanted", [
     (GREY[:, 0], GREY),
-    (GREY, GREY),
     (GREY.transpose(0, 2, 3, 1), GREY),
     (RGB, RGB),
     (RGB.transpose(0, 2, 3, 1), RGB),
     (np.repeat(GREY, 3, 1), GREY),
     (GREY[:, 0] / 255, GREY),
     (GREY[:, 0].astype("f4"), GREY),
-    (RGB.astype("i8"), RGB),
     (GREY[:, 0] // 128, GREY // 128 * 255)])
 def test_arrays_of_every_layout_are_the_same_images(tmp_path, given, wanted):
     file = npz(tmp_path / "a.npz", x_train=given, x_test=given[:60], x_val=given[:30],
@@ -2700,32 +2193,30 @@ def test_arrays_of_every_layout_are_the_same_images(tmp_path, given, wanted):
     every = np.concatenate([wanted, wanted[:30], wanted[:9]])
     assert np.array_equal(data.images.numpy(), every)
     assert np.array_equal(data.test_images.numpy(), wanted[:60])
-    assert data.images.dtype == torch.uint8
     assert data.validation.tolist() == list(range(200, 230))
     assert data.unlabelled().tolist() == list(range(230, 239))
     assert data.names[199:201] == ["train/199", "validation/0"]
     assert data.names[230:239:8] == ["unlabelled/0", "unlabelled/8"]
 
 
-NAMED = np.array(["dog", "eel", "cat", ""])
 @pytest.mark.parametrize("kinds, classes, wanted, labels", [
     ([3, 7, 9, -1], None, ["3", "7", "9"], [0, 1, 2, -1]),
-    ([3, 7, 9, -1], list("abc"), list("abc"), [0, 1, 2, -1]),
-    ([3, 7, 9, -1], list("0123456789"), ["3", "7", "9"], [0, 1, 2, -1]),
+    ([3, 7, 9, -1], ANIMALS, ANIMALS, [0, 1, 2, -1]),
     ([[1], [0], [2], [-1]], ANIMALS, ANIMALS, [1, 0, 2, -1]),
     ([0.0, 1.0, 2.0, -1.0], ANIMALS, ANIMALS, [0, 1, 2, -1]),
-    (np.eye(3, dtype="u1")[[1, 0, 2, 2]], ANIMALS, ANIMALS, [1, 0, 2, 2]),
-    (NAMED, None, ANIMALS, [1, 2, 0, -1]),
-    (NAMED.astype("S"), None, ANIMALS, [1, 2, 0, -1]),
-    (["cafe\u0301", "b", "a", ""], None, ["a", "b", "caf\xe9"], [2, 1, 0, -1]),
-    ([0, 1, 2, -1], np.array(ANIMALS, "S"), ANIMALS, [0, 1, 2, -1])])
+    (np.eye(3, 3, 0, "u1"), ANIMALS, ANIMALS, [0, 1, 2]),
+    (["dog", "eel", "cat", ""], None, ANIMALS, [1, 2, 0, -1]),
+    ([b"dog", b"eel", b"cat", b""], None, ANIMALS, [1, 2, 0, -1]),
+    (["cafe\u0301", "b", "a", ""], None, ["a", "b", "caf\xe9"], [2, 1, 0, -1])])
 def test_labels_are_numbers_names_or_one_hot_rows(tmp_path, kinds, classes, wanted, labels):
-    y = np.array(kinds)[np.arange(200) % 4]
-    tests = np.array(kinds)[thirds(60)]
-    classes = None if classes is None else np.array(classes)
-    data = dataset(npz(tmp_path / "a.npz", y_train=y, y_test=tests, classes=classes), tmp_path)
+    def drawn(count, kinds, values):
+        return np.array(values)[np.arange(count) % len(kinds)]
+
+    changes = {"y_train": drawn(200, kinds, kinds), "y_test": drawn(60, labels[:3], kinds),
+               "classes": None if classes is None else np.array(classes)}
+    data = dataset(npz(tmp_path / "a.npz", **changes), tmp_path)
     assert data.classes == wanted
-    assert data.labels.tolist() == labels * 50
+    assert data.labels.tolist() == drawn(200, kinds, labels).tolist()
     assert data.test_labels.tolist() == labels[:3] * 20
     assert (data.labels[data.validation] >= 0).all()
 
@@ -2741,9 +2232,9 @@ def scaled(factor, offset=0.0, dtype=np.float64, **changes):
 
 
 @pytest.mark.parametrize("highest, dtype, white", [
-    (1.0000002, "f8", 1), (1.2499, "f4", 1), (1.0, "f2", 1), (260.4, "f8", 255),
-    (1023, "u2", 1023), (4000, "i4", 4095), (16383, "i8", 16383), (65535, "u2", 65535),
-    (4095, "f4", 4095), (300, "u2", 1023)])     # whole numbers are not cut off
+    (1.2499, "f4", 1), (1.0, "f2", 1), (260.4, "f8", 255), (1023, "u2", 1023),
+    (4000, "i4", 4095), (65535, "u2", 65535),
+    (300, "u2", 1023)])                 # whole numbers are not cut off
 def test_pixels_of_every_usual_scale_are_read(tmp_path, capsys, highest, dtype, white):
     arrays = scaled(highest, dtype=dtype)
     arrays["x_test"] = arrays["x_test"] // 2 if white > 255 else arrays["x_test"] / 2
@@ -2766,49 +2257,30 @@ def test_other_sides_than_16_to_64_become_squares(tmp_path, capsys, height, widt
     assert data.images.shape == (200, 1, 20, 20)
     assert data.images[..., :9].unique().tolist() == approx([100], abs=3)
     assert data.images[..., 11:].unique().tolist() == approx([200], abs=3)
-    words = f"of {height}x{width} pixels, the middle squares are scaled to 20x20"
-    assert words in capsys.readouterr().err
+    assert "the middle squares are scaled to 20x20" in capsys.readouterr().err
     Image.fromarray(x[0]).save(tmp_path / "a.png")
     like, _ = common.read_like(tmp_path / "a.png", data.facts())
     gap = like[0].float() - data.images[0]
     assert gap.abs().max() < 12
 
 
-@pytest.mark.skipif(not (REAL_DATA / "MNIST").is_dir(), reason="no MNIST in ../shared/data")
-def test_mnist(tmp_path):
-    data = dataset("mnist", tmp_path, "--data-dir", REAL_DATA)
-    assert data.images.shape == (60_000, 1, 28, 28)
-    assert len(data.test_images) == 10_000
-    assert data.labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert data.classes[7] == "7"
-    assert data.labels.bincount()[:2].tolist() == [5923, 6742]
-
-
-@pytest.mark.parametrize("name, kind, words", [
-    ("cifar10", "CIFAR10", {"train": True}),
-    ("emnist-letters", "EMNIST", {"train": True, "split": "letters"}),
-    ("stl10", "STL10", {"split": "train"})])
-def test_data_sets_of_torchvision_are_read_upright(tmp_path, monkeypatch, name, kind, words):
+@pytest.mark.parametrize("name, kind", [
+    ("cifar10", "CIFAR10"), ("emnist-letters", "EMNIST"), ("stl10", "STL10")])
+def test_data_sets_of_torchvision_are_read_upright(tmp_path, monkeypatch, name, kind):
     from torchvision import datasets
     pixels = noise_images(200, 16, 16)
-    asked = []
+    colour = np.stack([pixels] * 3, 1 if kind == "STL10" else 3)
+    part = SimpleNamespace(data=pixels if kind == "EMNIST" else colour, targets=thirds(200),
+                           labels=thirds(200), classes=["0 - a", "1 - b", "2 - c"])
 
-    def part(root, download, **words):
-        asked.append(words)
-        data = np.stack([pixels] * 3, 1 if kind == "STL10" else 3)
-        return SimpleNamespace(data=pixels if kind == "EMNIST" else data, targets=thirds(200),
-                               labels=thirds(200), classes=["0 - a", "1 - b", "2 - c"])
+    def offline(*root, **words):
+        raise RuntimeError("no route to host")
 
-    monkeypatch.setattr(datasets, kind, part)
+    monkeypatch.setattr(datasets, kind, lambda *root, **words: part)
     data = dataset(name, tmp_path)
     wanted = pixels.transpose(0, 2, 1) if kind == "EMNIST" else pixels
     assert np.array_equal(data.images[:, 0].numpy(), wanted)
     assert data.classes == ["0", "1", "2"]
-    assert asked[0] == words
-
-    def offline(root, **words):
-        raise RuntimeError("no route to host")
-
     monkeypatch.setattr(datasets, kind, offline)
     with pytest.raises(common.Mistake, match="in data, .*no route to host.*files into data"):
         dataset(name, tmp_path)
@@ -2829,12 +2301,11 @@ def noisy(root, classes=("bird", "fish"), per_class=10, seed=0):
 
 # Folders of two classes, or of none, and how many pictures there are of each.
 @pytest.mark.parametrize("given", [
-    {"": 13}, {"": 3}, {"train": 13, "dev": 2}, {"train": 10, "val": 2},
-    {"Training": 10, "TEST": 3}, {"train": 10, "Validation": 2, "Testing": 3},
-    {"": 13, "unlabelled": 3}, {"train": 10, "test": 2, "unlabelled": 3},
-    {"train": 13, "train/unlabelled": 3}, {"train": 12, "UNLABELLED/a/b": 3, "UNLABELLED": 3},
-    {"train": 14, "unlabelled": 3, "train/unlabelled": 3},
-    {"": 10, "unlabelled": 0}, {"": 10, "Unlabeled": 3}])
+    {"": 13}, {"": 3}, {"train": 13, "dev": 2}, {"Training": 10, "TEST": 3},
+    {"train": 10, "Validation": 2, "Testing": 3}, {"": 13, "unlabelled": 3},
+    {"train": 10, "test": 2, "unlabelled": 3},
+    {"train": 12, "UNLABELLED/a/b": 3, "UNLABELLED": 3},
+    {"train": 14, "unlabelled": 3, "train/unlabelled": 3}, {"": 10, "unlabelled": 0}])
 def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given, monkeypatch):
     monkeypatch.setattr(common, "FEW", 10)
     root = tmp_path / "zoo"
@@ -2855,13 +2326,13 @@ def test_every_picture_of_a_folder_has_its_name_label_and_part(tmp_path, given, 
     every = torch.arange(len(data.names))
     found = {"train": data.labelled(), "validation": data.validation,
              "unlabelled": data.unlabelled(), "test": every[len(data.images):]}
-    images = torch.cat([data.images, data.test_images])
     labels = every_label(data)
+    images = torch.cat([data.images, data.test_images])
     for part, rows in found.items():
         files = [data.names[row] for row in rows]
         assert {file: labels[file] for file in files} == wanted[part]
-        pixels = [common.read_image(root / file, (32, 32)) for file in files]
-        assert not files or np.array_equal(images[rows], pixels)
+        for row, file in zip(rows, files):
+            assert np.array_equal(images[row], common.read_image(root / file, (32, 32)))
 
 
 def every_label(data):
@@ -2877,15 +2348,10 @@ def test_hidden_things_links_and_results_are_no_classes(tmp_path, parts, monkeyp
         noisy(root / part)
     before = dataset(root, tmp_path)
     for part in parts:
-        for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".Trash", "#recycle"):
+        for hidden in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
             noisy(root / part, [hidden, f"bird/{hidden}"], per_class=2)
         (root / part / "bird" / "._0.png").write_text("resource fork")
         (root / part / "bird" / "loop").symlink_to(root / part / "bird")
-        (root / part / "fish" / "deep").mkdir()
-        (root / part / "fish" / "deep" / "up").symlink_to(root / part / "fish")
-    if len(parts) == 2:
-        (root / "docs").mkdir()
-        (root / "docs" / "notes.txt").write_text("cameras")
     monkeypatch.chdir(root)
     for out in ("runs/zoo", "results"):
         dataset(".", Path(out))
@@ -2896,22 +2362,10 @@ def test_hidden_things_links_and_results_are_no_classes(tmp_path, parts, monkeyp
         assert (after.classes, after.name) == (["bird", "fish"], "zoo")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_names_are_in_nfc_and_what_is_not_utf8_is_spelt_out(tmp_path):
-    root = noisy(tmp_path / "zoo", ("bird", "fish", "runs"))
-    os.rename(root / "bird", os.path.join(os.fsencode(root), b"caf\xe9"))
-    (root / "fish").rename(root / "poe\u0302le")
-    data = dataset(root, tmp_path)
-    assert data.classes == [r"caf\udce9", "po\xeale", "runs"]
-    assert {name.split("/")[0] for name in data.names} == set(data.classes)
-    assert str(data.facts()).encode()
-
-
 def test_scripts_on_a_folder_of_colour_pictures(tmp_path, monkeypatch):
+    leave_blank(monkeypatch)
     monkeypatch.setattr(deform.Deformations, "fit", found((0.5, True)))
-    for module in (deform, vae, latent, hybrids, cnn):
-        monkeypatch.setattr(module, "draw", lambda *words: common.figure(1, 1))
-    words = ["--dataset", zoo(tmp_path / "zoo", per_class=16), "--image-size", 20]
+    words = ["--dataset", noisy(tmp_path / "zoo", per_class=16), "--image-size", 20]
     out = tmp_path / "run"
     assert run("deform", *words, "-o", out, "--images", 12) == 0
     assert run("vae", "-o", out, "--steps", 10, "--latent-dim", 1) == 0
@@ -2948,11 +2402,6 @@ def all_but_one_grey(root):
         Image.open(file).convert("L").save(file)
 
 
-def files_of_other_kinds(root):
-    for name in ("bird/a.heic", "bird/b.HEIC", "fish/c.avif", "fish/notes"):
-        (root / name).write_text("something")
-
-
 TESTS = easy(60, seed=60)[0][:, 0].numpy()
 SOME = functools.partial(folders, "bird", "fish", count=13)
 @pytest.mark.parametrize("make_data, pattern", [
@@ -2960,15 +2409,10 @@ SOME = functools.partial(folders, "bird", "fish", count=13)
     (arrays(), None),
     (SOME(spoil=lambda root: shutil.copy(root / "bird/0.png", root / "fish/x.png")),
      "1 images are in two classes"),
-    (SOME("unlabelled", spoil=lambda root: shutil.copy(root / "bird/0.png",
-                                                         root / "unlabelled/x.png")),
-     "1 images .*without a label"),
     (arrays(x_unlabelled=TESTS[:7]), "7 of 81 validation and test images are training"),
     (SOME(spoil=all_but_one_grey), "only 1 of 26 images have colour"),
-    (SOME(spoil=files_of_other_kinds), "left out: 2 .heic.*1 "),
-    (arrays(notes=np.zeros(3)), "left out: notes$"),
+    (SOME(spoil=lambda root: (root / "bird/a.heic").write_text("")), "left out: 1 .heic"),
     (arrays(x_unlabeld=TESTS), "left out: x_unlabeld .*x_unlabelled"),
-    (arrays(class_names=np.zeros(3)), "left out: class_names .*classes"),
     (arrays(y_test=thirds(60) // 2), "no test images of eel"),
     (folders("bird", "fish", count=11), "fewer than 10 images a class")])
 def test_what_a_person_should_know_of_a_data_set_is_said(tmp_path, capsys, make_data, pattern,
@@ -2997,9 +2441,7 @@ def reads(monkeypatch):
     return names
 
 
-def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads, capsys,
-                                                                 monkeypatch):
-    monkeypatch.setattr(common, "FEW", 10)
+def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads):
     root = noisy(tmp_path / "zoo", per_class=13)
     reads.append(8)
     with pytest.raises(KeyboardInterrupt):
@@ -3008,18 +2450,13 @@ def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads
     first = dataset(root, tmp_path)
     assert len(reads) == 1 + 26         # each of them once
     del reads[:]
-    capsys.readouterr()
     assert dataset(root, tmp_path).facts() == first.facts()
     assert reads == []
-    assert capsys.readouterr().err == ""
     Image.new("RGB", (20, 20)).save(root / "bird" / "3.png")
     noisy(root, ["unlabelled"], 1)
     changed = dataset(root, tmp_path)
     assert sorted(reads) == ["bird/3.png", "unlabelled/0.png"]
     assert changed.fingerprint == dataset(root, tmp_path / "fresh").fingerprint
-    del reads[:]
-    dataset(root, tmp_path, "--image-size", 20)
-    assert len(reads) == 27
     assert not unfinished(tmp_path)
 
 
@@ -3048,21 +2485,16 @@ def change_a_bit(file, place=-5000):
     return file
 
 
-@pytest.mark.parametrize("change", ["brighter", "darker", "fewer", "damaged", "other"])
+@pytest.mark.parametrize("change", ["brighter", "fewer", "damaged"])
 def test_what_is_kept_is_not_believed_against_the_pictures(tmp_path, change):
     root = deep_folder(tmp_path / "deep", np.uint16, 4095, "png")
-    bright = root / "fish" / "bright.png"
-    if change == "darker":
-        ramp_picture(bright, 0, 65535, np.uint16)
     dataset(root, tmp_path)
     if change == "brighter":            # and all are read otherwise
-        ramp_picture(bright, 0, 65535, np.uint16)
-    elif change in ("darker", "fewer"):
-        (bright if change == "darker" else root / "fish" / "0.png").unlink()
-    elif change == "damaged":
-        change_a_bit(tmp_path / "images.npz")
+        ramp_picture(root / "fish" / "bright.png", 0, 65535, np.uint16)
+    elif change == "fewer":
+        (root / "fish" / "0.png").unlink()
     else:
-        np.savez(tmp_path / "images.npz", images=np.zeros((12, 3, 16, 16)))
+        change_a_bit(tmp_path / "images.npz")
     assert dataset(root, tmp_path).fingerprint == dataset(root, tmp_path / "new").fingerprint
 
 
@@ -3076,42 +2508,20 @@ def clear(file):
     """Red, and clear at the right."""
     picture = Image.new("RGBA", (20, 20), (255, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (10, 0, 20, 20))
-    if file.name == "palette.png":
-        picture = picture.quantize(4)
     picture.save(file)
-
-
-def picture_that_claims(file):
-    """A tiny PNG whose header states 10 billion pixels."""
-    Image.new("L", (1, 1)).save(file)
-    content = bytearray(file.read_bytes())
-    content[16:24] = struct.pack(">II", 10**5, 10**5)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    file.write_bytes(content)
 
 
 SEVERAL = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
 @pytest.mark.parametrize("called, make_picture, wanted", [
     ("ein Löwe 🦁.png", plain(size=(1, 1)), [200, 100, 50]),
     ("a.gif", plain(**SEVERAL), [200, 100, 50]),
-    ("a.jfif", plain("JPEG"), [200, 100, 50]),
     ("a.WEBP", plain("WEBP"), [200, 100, 50]),
     ("a.jpg", plain(None, (14_200, 14_200), "L", 120), [120] * 3),
-    ("a.tif", plain(None, (4960, 7016), "1", 1, compression="group4"),
-                          [255] * 3),
-    ("a.png", clear, [255, 128, 128]),
-    ("palette.png", clear, [255, 128, 128]),
-    ("a.png", Path.touch, None),
-    ("a.png", picture_that_claims, None),
-    ("a.png", plain("PCX"), None)])     # PIL knows it, people do not
-def test_pictures_are_read_on_white_or_refused_by_name(tmp_path, called, make_picture, wanted):
-    file = tmp_path / called
-    make_picture(file)
-    assert common.pictures_in(tmp_path) == [file]
-    if wanted is None:
-        with pytest.raises(common.Mistake, match="a.png cannot be read as an image"):
-            common.read_image(file, (32, 32))
-        return
+    ("a.tif", plain(None, (4960, 7016), "1", 1, compression="group4"), [255] * 3),
+    ("a.png", clear, [255, 128, 128])])
+def test_pictures_are_read_on_white(tmp_path, called, make_picture, wanted):
+    make_picture(tmp_path / called)
+    file, = common.pictures_in(tmp_path)
     pixels = common.read_image(file, (32, 32))
     assert pixels.mean((1, 2)).tolist() == approx(wanted, abs=3)
 
@@ -3121,7 +2531,7 @@ STORED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipu
           8: lambda a: np.rot90(a, -1)}
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "camera.jpg", "deep.png", "deep.tif"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "deep.tif"])
 def test_every_orientation_is_brought_upright(tmp_path, name):
     upright = np.kron([[255, 0], [85, 170]], np.ones((8, 8))).astype(np.uint16)
     for orientation, turn in STORED.items():
@@ -3129,9 +2539,6 @@ def test_every_orientation_is_brought_upright(tmp_path, name):
         pixels = np.ascontiguousarray(turn(upright)) * (257 if deep else 1)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        if name == "camera.jpg":        # it holds a tag that cannot be written again
-            exif[0x0128] = 2
-            exif = exif.tobytes().replace(b"\x28\x01\x03\x00", b"\x28\x01\x02\x00")
         picture = Image.fromarray(pixels if deep else pixels.astype(np.uint8))
         picture.save(tmp_path / name, exif=exif)
         found = common.read_image(tmp_path / name, (16, 16))
@@ -3139,26 +2546,6 @@ def test_every_orientation_is_brought_upright(tmp_path, name):
 
 
 BOARD = {"shape": [1, 16, 16], "ground": [0], "white": 1}       # facts of a grey data set
-
-
-@pytest.mark.parametrize("kind", "PNG TIFF GIF BMP PPM WEBP JPEG".split())
-def test_damaged_pictures_are_read_or_refused_in_one_line(tmp_path, kind):
-    buffer = io.BytesIO()
-    Image.fromarray(noise_images(1, 16, 16, 3)[0]).save(buffer, kind)
-    file = tmp_path / "a.png"
-    draw = np.random.default_rng(0)
-    refused = 0
-    for _ in range(150):
-        content = bytearray(buffer.getvalue())
-        for place in draw.integers(0, min(len(content), 200), 4):
-            content[place] = draw.integers(256)
-        file.write_bytes(content)
-        try:
-            common.read_like(file, BOARD)
-        except common.Mistake as mistaken:
-            refused += 1
-            assert str(file) in str(mistaken)
-    assert refused
 
 
 @pytest.mark.parametrize("error", [struct.error, NotImplementedError, MemoryError, zlib.error])
@@ -3196,30 +2583,28 @@ def test_damaged_pictures_are_left_out_if_asked_counted_and_listed(tmp_path, cap
 
 
 @pytest.mark.parametrize("dtype, highest, white, suffix", [
-    ("u2", 4000, 4095, "png"), ("u2", 65535, 65535, "png"), ("u2", 4095, 4095, "tif"),
-    ("i4", 255, 255, "tif"), ("i4", 60_000, 65535, "tif"), ("f4", 1.0, 1, "tif"),
+    ("u2", 4000, 4095, "png"), ("u2", 65535, 65535, "png"), ("i4", 60_000, 65535, "tif"),
     ("f4", 1.02, 1, "tif"), ("f4", 254.5, 255, "tif")])
 def test_deep_pictures_have_one_white(tmp_path, capsys, dtype, highest, white, suffix):
     root = deep_folder(tmp_path / "deep", dtype, highest, suffix)
     data = dataset(root, tmp_path)
-    birds, fish = (data.images[data.labels == c] for c in (0, 1))
-    assert birds.max() == approx(25.5 * highest / white, abs=1)
-    assert fish.max() == approx(min(255, 255 * highest / white), abs=1)
-    assert data.facts()["white"] == white
-    said = f"read as [0, {white}]" in capsys.readouterr().err
-    assert said == (highest != white)
-    assert dataset(root, tmp_path).facts() == data.facts()      # from what is kept
-    like, _ = common.read_like(root / data.names[0], data.facts())
+    said = capsys.readouterr().err
+    assert (f"read as [0, {white}]" in said) == (highest != white)
+    for c, level in enumerate((0.1, 1)):
+        found = data.images[data.labels == c].max()
+        assert found == approx(min(255, 255 * level * highest / white), abs=1)
+    facts = data.facts()
+    assert dataset(root, tmp_path).facts() == facts     # from what is kept
     assert data.names[0].startswith("bird/")            # a dark one
+    like, _ = common.read_like(root / data.names[0], facts)
     assert torch.equal(data.images[0], like[0])
 
 
 @pytest.mark.parametrize("lowest, highest, dtype, known, white", [
-    (0, 1.0, "f4", 1, 1), (0, 0.7, "f4", 1, 1), (0, 65535, "u2", 1, 65535),
-    (0, 4000, "i4", 1, 4095), (0, 255, "u2", 1, 255),   # each by itself, for a set of bytes
-    (0, 20.5, "f4", 255, 255),                          # or as a deep one was
-    (-1, 1, "f4", 1, None), (0, 2.8, "f4", 1, None), (0, 70_000, "f4", 1, None),
-    (0, math.nan, "f4", 1, None)])
+    (0, 0.7, "f4", 1, 1), (0, 65535, "u2", 1, 65535), (0, 4000, "i4", 1, 4095),
+    (0, 255, "u2", 1, 255),             # each by itself, for a set of bytes
+    (0, 20.5, "f4", 255, 255),          # or as a deep one was
+    (-1, 1, "f4", 1, None), (0, 2.8, "f4", 1, None), (0, math.nan, "f4", 1, None)])
 def test_a_deep_picture_is_read_as_its_set_was(tmp_path, lowest, highest, dtype, known, white):
     file = ramp_picture(tmp_path / "a.tif", lowest, highest, dtype)
     facts = BOARD | {"white": known}
@@ -3232,9 +2617,7 @@ def test_a_deep_picture_is_read_as_its_set_was(tmp_path, lowest, highest, dtype,
     assert (f"read as [0, {white}]" in report) == (highest != white)
 
 
-# ---- one geometry, colour and background for training and prediction ------------------------
-
-@pytest.mark.parametrize("height, width", [(16, 64), (64, 16), (28, 28), (40, 33)])
+@pytest.mark.parametrize("height, width", [(16, 64), (64, 16), (28, 28)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_of_the_same_shape_is_left_as_it_is(tmp_path, height, width, channels):
     x = noise_images(6, height, width, channels)
@@ -3243,17 +2626,8 @@ def test_a_picture_of_the_same_shape_is_left_as_it_is(tmp_path, height, width, c
     assert data.images.shape == (6, channels, height, width)
     for pixels, image in zip(x, data.images):
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(tmp_path / "a.png")
-        like, report = common.read_like(tmp_path / "a.png", data.facts())
+        like, _ = common.read_like(tmp_path / "a.png", data.facts())
         assert torch.equal(like[0], image)
-        kind = "grey" if channels == 1 else "RGB"
-        assert report == f"{tmp_path}/a.png: {kind}, {height}x{width}"
-    side = max(height, width)           # of another shape they are cut, and not stretched
-    square = noise_images(1, side, side)[0]
-    Image.fromarray(square).save(tmp_path / "a.png")
-    like, _ = common.read_like(tmp_path / "a.png", data.facts())
-    top, left = (side - height) // 2, (side - width) // 2
-    if height != 40:                    # it has no middle
-        assert np.array_equal(like[0, 0], square[top:top + height, left:left + width])
 
 
 @pytest.mark.parametrize("part", ["x_train", "x_test", "x_unlabelled"])
@@ -3267,22 +2641,12 @@ def test_one_image_whose_channels_differ_makes_all_colour(tmp_path, part, gap, c
     assert data.images.shape[1] == data.test_images.shape[1] == channels
 
 
-def test_colour_is_read_grey_by_the_weights_of_itu_r_601(tmp_path):
-    picture = Image.fromarray(noise_images(1, 300, 300, 3)[0])
-    picture.save(tmp_path / "a.png")
-    facts = BOARD | {"shape": [1, 300, 300], "ground": [0, 128, 248]}
-    like, _ = common.read_like(tmp_path / "a.png", facts)
-    assert np.array_equal(like[0, 0], picture.convert("L"))
-
-
 @pytest.mark.parametrize("grounds, ground, inverted", [
     ([10] * 24 + [240], 250, False),    # 4% of the training images are so
-    ([10] * 199 + [240], 230, False),
     ([10], 250, True),
     ([240], 5, True),
     ([20], 160, True),
-    ([100], 170, False),                # its negative is hardly nearer
-    ([20, 230], 240, False)])
+    ([100], 170, False)])               # its negative is hardly nearer
 def test_what_no_training_image_was_like_is_inverted(tmp_path, grounds, ground, inverted):
     levels = np.resize(grounds, 200)[:, None, None]
     x = np.tile(levels, (1, 16, 16)).astype(np.uint8)
@@ -3302,7 +2666,6 @@ def test_what_no_training_image_was_like_is_inverted(tmp_path, grounds, ground, 
     (12, False, False), (29, False, False), (30, False, True), (12, True, True)])
 def test_so_many_images_keep_their_label_and_no_row_moves(tmp_path, n, judged, validated,
                                                           monkeypatch):
-    assert common.FEW == 20
     monkeypatch.setattr(common, "FEW", 10)
     whole = dataset(with_loose(tmp_path / "a.npz"), tmp_path)
     few = common.with_labels(whole, n, 3, judged)
@@ -3343,20 +2706,18 @@ def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, 
 
 
 def test_a_table_may_be_in_nfd_and_name_pictures_that_were_moved_since(tmp_path):
-    root = noisy(tmp_path / "zoo", ("caf\xe9", "th\xe9"))
-    (root / "unlabelled").mkdir()
-    (root / "th\xe9/9.png").rename(root / "unlabelled/x.png")
+    root = noisy(tmp_path / "zoo", ("cafe\u0301", "th\xe9"))            # as a Mac has them
+    noisy(root, ["unlabelled"], 1)
     table = tmp_path / "new.csv"
-    table.write_text("image,new_label\nthe\u0301/3.png,cafe\u0301 \nunlabelled/x.png,th\xe9\n")
+    table.write_text("image,new_label\nthe\u0301/3.png,cafe\u0301 \nunlabelled/0.png,th\xe9\n")
     first = every_label(dataset(root, tmp_path / "first", "--labels-from", table))
     assert first["th\xe9/3.png"] == "caf\xe9"
-    assert first["unlabelled/x.png"] == "th\xe9"
-    (root / "unlabelled/x.png").rename(root / "th\xe9/x.png")
+    assert first["unlabelled/0.png"] == "th\xe9"
+    (root / "unlabelled/0.png").rename(root / "th\xe9/0.png")
     moved = every_label(dataset(root, tmp_path / "moved", "--labels-from", table))
-    assert moved["th\xe9/3.png"] == "caf\xe9"
-    assert moved["th\xe9/x.png"] == "th\xe9"
-    (root / "th\xe9/x.png").rename(root / "caf\xe9/x.png")      # not where the table says
-    with pytest.raises(common.Mistake, match="no image 'unlabelled/x.png'"):
+    assert moved["th\xe9/0.png"] == "th\xe9"
+    (root / "th\xe9/0.png").rename(root / "cafe\u0301/x.png")   # not where the table says
+    with pytest.raises(common.Mistake, match="no image 'unlabelled/0.png'"):
         dataset(root, tmp_path / "other", "--labels-from", table)
 
 
@@ -3371,10 +2732,6 @@ def test_columns_are_told_apart_and_what_is_written_is_read_again(tmp_path):
 
 
 # ---- what cannot be read, and what the one line says ----------------------------------------
-
-def ramp_to(highest):
-    return lambda root: ramp_picture(root / "fish/a.tif", 0, highest)
-
 
 def table(content, encoding="utf-8", header="image,new_label\n"):
     """A tiny .npz, and a table of labels."""
@@ -3395,55 +2752,30 @@ BESIDE = "either the former are parts of the data set.*or all are classes"
     (arrays(x_train=ONE_NAN, x_test=ONE_NAN[:60]), "a.npz: pixels span .*no NaN"),
     (arrays(y_train=0 * thirds(200), y_test=0 * thirds(60)), "only one class"),
     (arrays(y_test=np.arange(60)), r"classes without training images: \[3, 4, 5, 6, 7\]"),
-    (arrays(y_train=NAMED[thirds(200)], y_test=np.array(["owl"] * 60)),
-     "classes without training images: .'owl'."),
     (arrays(y_test=thirds(60) - 1), "test images without a label"),
-    (arrays(x_val=GREY[:9, 0], y_val=thirds(9) - 1), "images without a label"),
-    (arrays(x_val=GREY[:9, 0]), "x_validation and y_validation differ"),
-    (arrays(y_train=np.ones((200, 3))), "labels of shape .200, 3.*one-hot rows"),
-    (arrays(y_train=np.full(200, math.nan)), "labels must be numbers from 0"),
     (arrays(y_train=thirds(200) - 2), "labels must be numbers from 0.*-1 or no name"),
-    (arrays(y_train=np.full(200, "2020", "M8[D]")), "labels must be numbers from 0"),
     (arrays(y_train=thirds(200) + 5, y_test=thirds(60) + 5, classes=np.array(list("abcd"))),
      "4 names for 3 classes"),
-    (arrays(x_train=np.zeros((200, 16, 16, 4)), x_test=np.zeros((60, 16, 16, 4))),
-     r"images of shape .*wanted \(N,H,W\)"),
-    (arrays(x_unlabelled=np.zeros((9, 16, 17), "u1")), "wanted one shape"),
     (arrays(x_unlabelled=np.zeros((9, 16, 16), "u2")), "wanted one .*type"),
-    (arrays(x_train=GREY[:, :, :0], x_test=GREY[:60, :, :0]), "images of shape .*0, 16"),
     (arrays(**scaled(1.0, -0.01)), "span -0.01 to 0.99; wanted numbers in"),
-    (arrays(**scaled(70_000, dtype=np.int32)), "wanted numbers in"),
     (arrays(**scaled(2.8)), r"wanted \[0, 1\] or \[0, 255\]"),
-    (arrays(**scaled(255.0, x_unlabelled=ONE_NAN[:3])), "wanted one scale"),
-    (arrays(**scaled(1.0, dtype=np.complex64)), "complex64; wanted numbers"),
     (folders("train", "car", "plane"), f"train/ beside car/, plane/: {BESIDE}"),
-    (folders("train/cat", "train/dog", "Training/cat", "Training/dog"),
-     f"/ beside [tT]rain.*/: {BESIDE}"),
     (folders("test/cat", "test/dog", "unlabelled"), "no train/"),
     (folders("cat", "dog", "owl!"), "no pictures in owl/; remove it"),
-    (folders("train", "test"), "wanted one subfolder a class"),
-    (folders("trainset/cat", "trainset/dog", "test_set/cat"),
-     "rename test_set/ to test/ and trainset/ to train/; else call"),
     (folders("seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"),
      "rename seg_test/ to test/ and seg_train/ to train/; else call"),
     (folders("cat", "dog", "unlabelled images"), "unlabelled images: .*rename it unlabelled"),
-    (folders("train/cat", "train/dog", "train/unlabeled_data"),
-     "unlabeled_data: .*rename it unlabelled"),
     (folders("train/cat", "train/dog", "test/cat", "test/unlabelled"),
      "a/test/unlabelled: .*among those for training"),
     (folders("images/cat", "images/dog"), "all is in images/; .*give .*a/images"),
     (with_damaged,
      f"/a: 3 pictures that cannot be read: {', '.join(DAMAGED)}; .*--skip-damaged"),
-    (folders("bird", "fish", spoil=ramp_to(2.8)), r"/a: .*wanted \[0, 1\]"),
-    (folders("bird", "fish", spoil=ramp_to(math.nan)), "read: fish/a.tif"),
     (lambda folder: "mnits", "did you mean mnist"),
     (lambda folder: "xyzzy", "no data set or folder 'xyzzy'.*glyphs mnist"),
     (lambda folder: change_a_bit(npz(folder / "a.npz")), "a.npz: .*CRC.*savez"),
-    (lambda folder: "gone.npz", r"gone\.npz.*savez"),
     (lambda folder: [npz(folder / "a.npz"), "--labels", 181], "there are 179 "),
     (lambda folder: [npz(folder / "a.npz"), "--labels-from", "gone.csv"], "gone.csv: "),
     (table("train/4,owl"), "new.csv: train/4 is .* class 'owl'; the classes are cat, dog"),
-    (table("train/4,Cat"), "the class 'Cat'"),
     (table("train/999,cat"), "no image 'train/999'; they are called train/0"),
     (table("train/4,cat\ntrain/4,dog"), "train/4 is both cat and dog; remove"),
     (table("train/4,"), "no line has a new label; write some into its column"),
@@ -3461,6 +2793,8 @@ def test_what_cannot_be_read_ends_in_one_line(tmp_path, capsys, write, pattern):
     assert re.search(f"^vae.py: .*{pattern}", line), line
     assert all(said.startswith("reading ") for said in before)
     assert not (out / "vae.pt").exists()
+
+
 # ---- statistics of the comparison -----------------------------------------------------------
 
 @pytest.mark.parametrize("df", [*range(1, 22), 30, 59, 500])
@@ -3514,8 +2848,6 @@ def test_a_summary_pairs_the_rows_of_one_subset_whatever_their_order():
 
 
 def test_other_figures_are_means_and_from_half_of_the_pool_on_there_is_no_interval():
-    assert set(compare.AVERAGED) >= {"balanced_accuracy", "nll", "ece", "scaled_nll",
-                                     "scaled_ece", "noise"}
     for key in compare.AVERAGED:
         first, second = cells(10, "real", [0.5, 0.5])
         first[key] = 0.2
@@ -3530,14 +2862,11 @@ def test_other_figures_are_means_and_from_half_of_the_pool_on_there_is_no_interv
 
 def test_the_answer_is_a_sentence_a_size_whose_verdict_needs_an_interval_without_zero():
     for gain, half, said in ((3.0, 2.0, "better than real"), (-3.0, 2.0, "worse than real"),
-                             (3.0, 3.5, "inconclusive"), (-3.0, 3.5, "inconclusive"),
-                             (3.0, None, "inconclusive")):
+                             (-3.0, 3.5, "inconclusive"), (3.0, None, "inconclusive")):
         assert compare.verdict(gain, half) == said
     sentence, = compare.answers(compare.summarise(LARGE))
     assert sentence == ("20 images: hybrids change accuracy by -10.0 ± 1.1 points "
                         "(6 subsets): worse than real")
-    for arm in ("mixup", "real+hybrid"):
-        assert not compare.answers(compare.summarise(cells(10, arm, [0.5, 0.6])))
 
 
 def test_balanced_accuracy_is_shown_beside_accuracy(capsys):
@@ -3547,8 +2876,6 @@ def test_balanced_accuracy_is_shown_beside_accuracy(capsys):
     head, line = capsys.readouterr().out.splitlines()
     assert "balanced" in head and " 31.2 " in line
 
-
-# ---- evaluation -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sharpness, temperature", [
     (0.3, 0.3), (1, 1), (4, 4), (0.01, 1 / 4), (100, 16)])
@@ -3567,10 +2894,8 @@ def test_one_temperature_undoes_over_and_underconfidence(sharpness, temperature)
     assert scores["accuracy"] == true["accuracy"]
     if sharpness == temperature:
         assert scores["scaled_nll"] == approx(true["nll"], abs=0.01)
-        assert scores["scaled_ece"] < 0.03
     if sharpness != 1:                  # what is not scaled shows it
         assert scores["nll"] > true["nll"] + 0.05
-        assert scores["ece"] > 0.1
 
 
 def test_the_temperature_is_fitted_on_validation_images():
@@ -3593,9 +2918,8 @@ def test_noise_is_normal_with_15_hundredths_new_at_every_pixel_and_always_the_sa
     noise = (noisy.float() - 128) / 255
     assert noise.mean() == approx(0, abs=0.005)
     assert noise.std() == approx(0.15, abs=0.003)
-    # Of a normal, 4.6 in 100 are beyond two deviations, and 0.27 beyond three.
+    # Of a normal, 4.6 in 100 are beyond two deviations.
     assert part_of(noise.abs() > 0.3) == approx(0.0455, abs=0.005)
-    assert part_of(noise.abs() > 0.45) == approx(0.0027, abs=0.002)
     assert len(noisy.view(150, 400).unique(dim=0)) == 150
     assert torch.equal(noisy, compare.noisy(grey))
     white = compare.noisy(torch.full_like(grey, 255))
@@ -3605,25 +2929,13 @@ def test_noise_is_normal_with_15_hundredths_new_at_every_pixel_and_always_the_sa
 # ---- command lines --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_flag_in_a_phrase_with_its_default(script, monkeypatch, capsys):
+def test_help_names_every_flag_in_a_phrase_with_its_default(script, capsys):
     known = vars(SCRIPTS[script].parse_args([]))
-    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
         SCRIPTS[script].parse_args(["--help"])
-    text = re.sub(r"\n {20,}", "   ", capsys.readouterr().out)  # behind a long flag
-    helps = re.findall(r"^  (?:-\w \w+, )?(--[\w-]+)[^\n]*?   *(\S[^\n]*)$", text, re.M)
-    assert {flag for flag, _ in helps} == {
-        f"--{key.replace('_', '-')}" for key in known
-        if key not in ("script", "writes", "changed", "settings")}
-    for flag, text in helps:
-        phrase, _, default = text.partition(" (default: ")
-        value = known[flag[2:].replace("-", "_")]
-        assert len(phrase.split()) >= 2, flag
-        if value is None or value is False or "if not given" in phrase:
-            assert default == "", flag
-        else:
-            values = value if isinstance(value, list) else [value]
-            assert re.sub(r"[\[\]',)]", "", default) == " ".join(map(str, values)), flag
+    flags = re.findall(r"^  (?:-\w \w+, )?(--[\w-]+)", capsys.readouterr().out, re.M)
+    wanted = known.keys() - {"script", "writes", "changed", "settings"}
+    assert {*flags} == {"--" + key.replace("_", "-") for key in wanted}
 
 
 def commands_of(text):
@@ -3670,12 +2982,7 @@ def test_the_defaults_are_those_that_were_chosen():
     assert hybrids.parse_args([]).label is default_of(hybrids.make, "rule") is None
     assert hybrids.default_rule("between", easy(9)[0]) == "product"
     assert hybrids.default_rule("prior", easy(9)[0]) == "density"
-    assert hybrids.parse_args([]).count == 20_000
-    args = compare.parse_args([])
-    assert (compare.SIZES, args.sizes, args.seeds) == ([100, 300], None, 5)
-    assert args.arms is None
     assert compare.USUAL == ["real", "mixup", "real+hybrid"]
-    assert {script.parse_args([]).threads for script in SCRIPTS.values()} == {1}
 
 
 # ---- what reaches the trainings, and what the files hold ------------------------------------
@@ -3796,28 +3103,15 @@ def facts_of(folder, stem):
     return json.loads((folder / f"{stem}.json").read_text())
 
 
-def opened(script, *words):
-    """-> the run that these words start, and its data set."""
-    args = SCRIPTS[script].parse_args([*map(str, words), "--threads", "1", "--quiet"])
-    started = common.start(args)
-    try:
-        return started, common.load_dataset(started)
-    finally:
-        started.release()
-
-
 def note_chain(out, words, hybrid_words):
-    """A chain in plain float32, and what reached its trainings and its pictures."""
+    """A chain in plain float32, and what reached its trainings."""
     noted = SimpleNamespace(out=out)
     with pytest.MonkeyPatch.context() as patch:
         leave_blank(patch)
         noted.moves = note_moves(patch, 0.5, True)
-        drawn = {kind: note_calls(patch, SCRIPTS[kind], "draw")
-                 for kind in ("deform", "vae", "hybrids", "cnn")}
-        for name in ("draw_map", "draw_reliability"):
-            drawn[name] = note_calls(patch, latent, name)
         fits = {kind: note_fits(patch, SCRIPTS[kind]) for kind in ("vae", "cnn")}
-        trained = note_calls(patch, cnn, "train")
+        noted.embedded = note_calls(patch, latent, "embed")
+        noted.trained = note_calls(patch, cnn, "train")
         assert run("deform", "-o", out, *words) == 0
         assert run("vae", "-o", out, "--steps", 60, "--latent-dim", 4, "--batch-size", 32,
                    "--no-amp") == 0
@@ -3826,8 +3120,6 @@ def note_chain(out, words, hybrid_words):
         assert run("cnn", "-o", out, "--steps", 40, "--width", 8, "--no-amp") == 0
     noted.vae, = fits["vae"]
     noted.cnn, = fits["cnn"]
-    noted.trained, = trained
-    noted.drawn = {kind: calls[0].given for kind, calls in drawn.items()}
     noted.files = {kind: read(out / f"{kind}.pt") for kind in STEPS}
     noted.model = vae.restore(noted.files["vae"])
     noted.classifier = cnn.restore(noted.files["cnn"])
@@ -3872,10 +3164,8 @@ def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream,
     assert facts == {key: saved[key] for key in facts}
     assert facts["made_from"] == {u: common.fingerprint(chain / f"{u}.pt") for u in upstream}
     assert (facts["kind"], facts["format"]) == (kind, common.FORMAT)
-    assert facts["versions"] == {"torch": torch.__version__, "numpy": np.__version__}
     wanted = {"classes": ANIMALS, "shape": [1, 16, 16], "images": 200, "test_images": 60}
     assert facts["dataset"].items() >= wanted.items()
-    assert facts["dataset"]["which"]["seed"] == facts["settings"]["seed"] == 0
     assert Image.open(chain / f"{kind}.png").width > 600
     assert not unfinished(chain)
     assert not list(chain.glob("*.last.pt"))
@@ -3883,7 +3173,6 @@ def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream,
         log = log_of(chain, kind)
         history = facts["metrics"]["history"]
         assert [row["step"] for row in log] == [row["step"] for row in history]
-        assert all(row["images_per_second"] > 0 for row in log)
 
 
 def log_of(folder, kind):
@@ -3898,12 +3187,8 @@ def test_every_step_learns_from_its_subset_or_from_all_but_validation_images(see
     metrics = facts_of(chain, "cnn")["metrics"]
     assert metrics["real_images"] == len(data.pool) == 179
     assert metrics["accuracy"] > 0.9    # easy bars are learnt
-    saved = seen.files["deform"]
-    again = deform.Deformations.restore(saved)
-    close(again.sample(5, seeded()), deformations(0.5, True).sample(5, seeded()))
     wanted = {"images": 90, "strength": 0.5, "mirror": True}
-    assert saved["metrics"].items() >= wanted.items()
-    assert {row["nll"] for row in saved["metrics"]["losses"]} == {0.6}
+    assert seen.files["deform"]["metrics"].items() >= wanted.items()
     images, y, seed = seen.moves[0].asked
     assert torch.equal(images, seen.images)
     assert torch.equal(y, seen.labels)
@@ -3911,20 +3196,6 @@ def test_every_step_learns_from_its_subset_or_from_all_but_validation_images(see
     assert torch.equal(seen.files["vae"]["rows"], seen.rows)
     assert rows_used(seen.vae, seen.data.images) == set(seen.rows.tolist())
     assert rows_used(seen.cnn, seen.data.images) <= {-1, *seen.rows.tolist()}
-
-
-@pytest.mark.parametrize("kind, weights, steps", [
-    ("vae", lambda: first_weights_of(vae.VAE, 5, 1, 16, 16, latent_dim=4), 60),
-    ("cnn", lambda: first_weights_of(cnn.CNN, 5, 1, 3, 8, 16), 40)], ids=["vae", "cnn"])
-def test_a_file_holds_the_last_weights_of_a_training_from_those_of_the_seed(
-        seen, kind, weights, steps):
-    fit = vars(seen)[kind]
-    saved = seen.files[kind]
-    assert same(fit.first, weights())
-    assert fit.seed == 5
-    assert same(saved["model"], fit.last)
-    ends = [row["step"] for row in saved["metrics"]["history"]]
-    assert ends == list(range(steps // 10, steps + 1, steps // 10))
 
 
 @pytest.mark.parametrize("script, words, told, config", [
@@ -3942,9 +3213,8 @@ def test_flags_reach_the_training(bare, monkeypatch, script, words, told, config
     assert [len(batch[0] if script == "cnn" else batch) for batch in fit.batches] == [7, 7, 7]
 
 
-@pytest.mark.parametrize("flag", ["--amp", "--no-amp"])
 @pytest.mark.parametrize("script", STEMS)
-def test_networks_compute_in_the_arithmetic_asked_for(bare, monkeypatch, script, flag):
+def test_networks_compute_in_the_arithmetic_asked_for(bare, monkeypatch, script):
     states = []
 
     def noted(plain):
@@ -3956,77 +3226,53 @@ def test_networks_compute_in_the_arithmetic_asked_for(bare, monkeypatch, script,
 
     for network, name in ((vae.VAE, "encode"), (vae.VAE, "logits"), (cnn.CNN, "forward")):
         monkeypatch.setattr(network, name, noted(getattr(network, name)))
+    usual = common.bfloat16_is_fast(torch.device("cpu"))
     words = ["--arms", "real+hybrid", "latent posterior"] if script == "compare" else []
-    assert run(script, "-o", bare, *STEMS[script], flag, *words) == 0
-    assert set(states) == (set() if script == "deform" else {flag == "--amp"})
+    assert run(script, "-o", bare, *STEMS[script], OTHER_AMP, *words) == 0
+    assert set(states) == (set() if script == "deform" else {not usual})
+    for file in bare.glob("*.pt"):      # what is kept has 32 bits
+        assert b"BFloat16Storage" not in file.read_bytes()
 
 
 def test_the_scores_in_files_are_those_of_the_images_that_they_name(seen):
-    validation = seen.data.images[seen.data.validation]
     metrics = seen.files["vae"]["metrics"]
     for stated, images in ((metrics["train"], seen.images),
                            (metrics["test"], seen.data.test_images)):
         wanted = vae.evaluate(seen.model, images, generator=seeded(6))
         assert stated == approx(wanted, rel=1e-4)
-    wanted = vae.evaluate(seen.model, validation, generator=seeded(6))["negative_elbo"]
-    assert metrics["history"][-1]["validation"] == approx(wanted, rel=1e-4)
     metrics = seen.files["cnn"]["metrics"]
     q = cnn.predict(seen.classifier, seen.data.test_images).softmax(1)
     for key, value in common.scores(q, seen.data.test_labels).items():
         assert metrics[key] == approx(value, abs=1e-4)
     assert (metrics["real_images"], metrics["pseudo_labelled"]) == (90, 0)
-    right = cnn.predict(seen.classifier, validation).argmax(1)
-    right = part_of(right == seen.data.labels[seen.data.validation])
-    assert metrics["history"][-1]["validation"] == approx(right, abs=1e-4)
-
-
-def test_latent_pt_holds_what_embedding_the_images_gives(seen):
-    mu, logvar = vae.encode_all(seen.model, seen.images)
-    wanted = latent.embed(mu, logvar, seen.rows, seen.labels, 3, mu, seen.images)
-    found = latent.Codes.restore(seen.files["latent"])
-    for one, other in zip(found[:-1], wanted[:-1]):
-        close(one, other)
-    close(found.posterior(mu), wanted.posterior(mu))
-    assert found.given.all()
+    validation = cnn.predict(seen.classifier, seen.data.images[seen.data.validation])
+    right = validation.argmax(1) == seen.data.labels[seen.data.validation]
+    assert metrics["history"][-1]["validation"] == approx(part_of(right), abs=1e-4)
 
 
 def test_the_density_with_the_lower_held_out_nll_speaks(seen):
     saved = seen.files["latent"]
     metrics = saved["metrics"]
     known = saved["mu"], saved["logvar"], saved["y"]
-    y = seen.data.labels[seen.data.validation]
-    held_out = (*vae.encode_all(seen.model, seen.data.images[seen.data.validation]), y)
+    validation = seen.data.validation
+    held_out = vae.encode_all(seen.model, seen.data.images[validation])
     test = vae.encode_all(seen.model, seen.data.test_images)
-    narrow = latent.Aggregate.fit(*known, 3, bandwidth=0.0)(*test)
-    priors = (saved["y"].bincount() / len(saved["y"])).expand(60, 3)
-    said = {"class priors": priors, "encoder's width": narrow}
     found = {}
     for name, (kind, choices, _) in latent.KINDS.items():
-        posterior, choice, nll = latent.calibrate(kind, choices, known, held_out, 3)
+        posterior, choice, nll = latent.calibrate(
+            kind, choices, known, (*held_out, seen.data.labels[validation]), 3)
         found[nll] = posterior, kind, choice
-        said[name] = posterior(*test)
         wanted = {"choice": choice, "temperature": posterior.temperature}
         assert metrics[name].items() >= wanted.items()
         assert metrics[name]["held_out_nll"] == approx(nll, rel=1e-3)
-    for name, q in said.items():
-        for key, value in common.scores(q, seen.data.test_labels).items():
+        scores = common.scores(posterior(*test), seen.data.test_labels)
+        for key, value in scores.items():
             assert metrics[name][key] == approx(value, abs=1e-3)
     posterior, kind, choice = found[min(found)]
     speaking = latent.restored(saved["percentages"])
     assert type(speaking) is kind
     close(speaking(*test), posterior(*test))
     close(saved["q"], latent.left_out(kind, choice, posterior.temperature, *known, 3))
-
-
-def test_hybrids_are_those_of_the_codes_the_movements_and_the_seed(seen):
-    saved = seen.files["hybrids"]
-    codes = latent.Codes.restore(seen.files["latent"])
-    decode = functools.partial(vae.decode_all, seen.model)
-    made = hybrids.make(codes, seen.images, decode, count=90, moves=deformations(0.5, True),
-                        generator=seeded(5))
-    assert torch.equal(saved["images"], made.x)
-    assert torch.equal(saved["q"], made.q)
-    assert torch.equal(saved["z"], made.points.z)
 
 
 @pytest.mark.parametrize("words, told", [
@@ -4039,113 +3285,13 @@ def test_hybrids_are_those_of_the_codes_the_movements_and_the_seed(seen):
 def test_every_kind_of_hybrid_is_made_as_asked(bare, monkeypatch, words, told):
     calls = note_calls(monkeypatch, hybrids, "make")
     assert run("hybrids", "-o", bare, "--count", 30, *words.split()) == 0
-    saved = read(bare / "hybrids.pt")
-    assert saved["images"].shape == (30, 1, 16, 16)
-    assert saved["images"].dtype == torch.uint8
-    close(saved["q"].sum(1), torch.ones(30))
     plain = {"strategy": "between", "count": 30, "rule": "product", "residual": True,
              "cut": None, **told}
     assert calls[0].told.items() >= plain.items()
     assert ("moves" in told) == (calls[0].told["moves"] is None)
-    assert ("moves" in told) == ("deform" not in saved["made_from"])
+    made_from = read(bare / "hybrids.pt")["made_from"]
+    assert ("moves" in told) == ("deform" not in made_from)
 
-
-def test_the_figures_of_hybrids_are_made_of_their_percentages(seen):
-    saved = seen.files["hybrids"]
-    q = saved["q"]
-    metrics = saved["metrics"]
-    entropies = dist.Categorical(q).entropy()
-    assert metrics["entropy"] == approx(entropies.mean().item(), rel=1e-3)
-    assert metrics["top"] == approx(q.amax(1).mean().item())
-    assert metrics["mixed"] == approx(part_of(q.amax(1) < 0.9))
-    counts, _ = np.histogram(entropies.numpy(), 20, (0, math.log(3)))
-    assert metrics["histogram"] == counts.tolist()
-    posterior = latent.restored(seen.files["latent"]["labeller"])
-    assert metrics["temperature"] == posterior.temperature
-    mu, _ = vae.encode_all(seen.model, saved["images"])
-    apart = (posterior(mu) - posterior(saved["z"])).abs().sum(1) / 2
-    assert metrics["moved"] == approx(apart.mean().item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("words, wanted", [
-    ("vae --steps 40", ["= {train[negative_elbo]:.1f} nats",
-                        "= {test[negative_elbo]:.1f} nats"]),
-    ("vae --steps 30 --beta 1000", ["the latent space has collapsed"]),
-    ("hybrids --count 50", ["move by {moved:.1%} on average", "{mixed:.0%} of them"]),
-    ("cnn --steps 3", ["179 images with a label, 0 with one", "accuracy {accuracy:.2%}"])])
-def test_a_script_says_what_its_file_says(bare, capsys, words, wanted):
-    script, *words = words.split()
-    assert run(script, "-o", bare, *words) == 0
-    printed = capsys.readouterr().out
-    metrics = facts_of(bare, script)["metrics"]
-    assert ("collapsed" in printed) == ("--beta" in words)
-    for text in wanted:
-        assert text.format(**metrics) in printed
-    assert printed.endswith(f"{bare}/{script}.png\n{bare}/{script}.pt\n")
-
-
-# ---- what the pictures show -----------------------------------------------------------------
-
-def test_pictures_are_drawn_of_what_the_files_hold(seen):
-    files = seen.files
-    images, moves = seen.drawn["deform"]
-    assert torch.equal(images, seen.images)
-    assert (moves.strength, moves.mirror) == (0.5, True)
-    history, model, *_ = seen.drawn["vae"]
-    assert history == files["vae"]["metrics"]["history"]
-    assert same(model.state_dict(), files["vae"]["model"])
-    x, q, *_, classes = seen.drawn["hybrids"]
-    assert torch.equal(x, files["hybrids"]["images"])
-    assert torch.equal(q, files["hybrids"]["q"])
-    assert classes == ANIMALS
-    history, q, y, classes = seen.drawn["cnn"]
-    assert history == files["cnn"]["metrics"]["history"]
-    assert torch.equal(y, seen.data.test_labels)
-    close(q, cnn.predict(seen.classifier, seen.data.test_images).softmax(1))
-    assert classes == ANIMALS
-    _, mu, y, classes, posterior, generator, given = seen.drawn["draw_map"]
-    assert torch.equal(mu, files["latent"]["mu"])
-    assert torch.equal(y, files["latent"]["y"])
-    assert torch.equal(given, files["latent"]["given"])
-    assert classes == ANIMALS
-    close(posterior(mu), latent.restored(files["latent"]["percentages"])(mu))
-    assert generator.initial_seed() == 5
-    assert seen.drawn["draw_reliability"][1] == files["latent"]["metrics"]
-
-
-def test_the_walk_leads_from_an_image_over_both_to_one_of_another_class(seen):
-    _, _, strip, strip_q, moved, how, _ = seen.drawn["hybrids"]
-    ends = rows_among(strip[[0, -1]], seen.images)
-    y = seen.labels[ends]
-    assert ends[0] == 0 and y[0] != y[1]
-    close(strip_q[[0, -1]], one_hot(y))
-    assert len(strip) == 9
-    mu = seen.files["latent"]["mu"][ends]
-    middle = vae.decode_all(seen.model, mu.mean(0, keepdim=True))
-    x = seen.images[ends] / 255
-    lost = x - vae.decode_all(seen.model, mu)
-    meet = deform.Morph(*x.split(1), strength=0.5)
-    parts = meet(*lost.split(1), torch.tensor([0]), torch.tensor([0.5]))
-    wanted = middle[0] + torch.cat(parts).mean(0)
-    close(strip[4] / 255, wanted.clamp(0, 1), atol=0.02, rtol=0)
-    close(moved[0], strip[0] / 255)     # below the walk its first image moves
-    assert len(moved[1:].flatten(1).unique(dim=0)) == 8
-    assert how == "deformations of strength 0.5, mirrored or not"
-
-
-def test_codes_without_any_label_are_grey_on_the_map_and_given_ones_large():
-    axes = common.figure(5, 5).subplots()
-    mu, logvar, y = codes(60, 2)
-    posterior = latent.fit_labeller(mu, logvar, y, 3)
-    shown = torch.where(torch.arange(60) < 20, y, -1)
-    latent.draw_map(axes, mu, shown, ANIMALS, posterior, seeded(), torch.arange(60) < 7)
-    counts = Counter()
-    for drawn in axes.collections:
-        counts[int(drawn.get_sizes()[0])] += len(drawn.get_offsets())
-    assert counts == {3: 40, 4: 13, 30: 7}
-
-
-# ---- what reaches the classifier, and when --------------------------------------------------
 
 def test_the_first_half_sees_hybrids_and_then_more_and_more_real_images(seen):
     made = seen.files["hybrids"]
@@ -4184,11 +3330,6 @@ def test_one_share_of_hybrids_holds_and_two_are_the_first_and_the_last(
     made = read(bare / "hybrids.pt")["images"]
     counts = [int((rows_among(x, made) >= 0).sum()) for x, _ in fit.batches]
     assert counts == approx(of_hybrids, abs=2)          # a hybrid may equal an image
-    _, data = opened("cnn", "-o", bare)
-    for x, q in fit.batches if share == [0] else []:
-        where = rows_among(x, data.images)
-        assert torch.isin(where, data.pool).all()
-        assert torch.equal(q, one_hot(data.labels[where]))
 
 
 def test_augmented_images_and_hybrids_are_all_changed_and_keep_their_labels(bare, monkeypatch):
@@ -4210,6 +3351,8 @@ def test_learned_augmentation_moves_every_image_and_needs_no_vae(bare, monkeypat
     assert [(len(call.x), call.share) for call in calls] == [(64, 1.0)] * 2
     assert all(x is call.moved for (x, _), call in zip(fit.batches, calls))
     assert facts_of(bare, "cnn")["made_from"].keys() == {"deform"}
+
+
 # ---- the grid of the comparison -------------------------------------------------------------
 
 def compared(folder, *words):
@@ -4234,15 +3377,12 @@ def test_a_grid_holds_a_row_for_every_size_subset_and_arm(grid):
     facts = facts_of(grid, "compare")
     every = list(itertools.product([12, 30], [0, 1], ["real", "real+hybrid"]))
     assert [(row["n"], row["seed"], row["arm"]) for row in facts["rows"]] == every
-    assert (facts["kind"], facts["failed"]) == ("compare", [])
     recipe = {"steps": 8, "vae_steps": 8, "width": 4, "latent_dim": 4, "unlabelled": False}
     assert facts["recipes"]["12"].items() >= recipe.items()
     assert facts["summary"] == compare.summarise(facts["rows"], 179)
-    with (grid / "compare.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = table_of(grid / "compare.csv")
     assert table == [{key: str(value) for key, value in row.items()} for row in facts["rows"]]
     assert len(cells_of(grid)) == 8
-    assert Image.open(grid / "compare.png").width > 600
     assert not unfinished(grid)
 
 
@@ -4264,30 +3404,20 @@ def test_a_grid_computes_again_only_what_was_lost_or_cannot_be_true_and_prints_a
     lost.unlink()
     cut.write_text(cut.read_text()[:-9])
     shutil.copy(kept[-1], other)        # of another subset
-    assert compare.main([*map(str, words[1:]), "--threads", "1"]) == 0
+    assert run(*words) == 0
     assert cells_of(out) == wanted
     assert {file: file.stat().st_mtime_ns for file in kept} == before
     assert (out / "compare.csv").read_text() == (grid / "compare.csv").read_text()
-    said = capsys.readouterr()
-    assert [line.split("  ")[0] for line in said.err.splitlines()] == [
-        "subsets 1/2", "subsets 2/2"]
-    lines = said.out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     table = facts_of(out, "compare")["summary"]
     for line, entry in zip(lines[1:5], table):
-        assert line.split()[0] == str(entry["n"])
-        for text in (f"{entry['accuracy']:.1f} ± {entry['accuracy_half']:.1f}",
-                     f"{entry['nll']:.3f}", f"{entry['ece']:.3f}"):
-            assert text in line
-        if entry["arm"] != "real":
-            gain = f"{entry['gain']:+.1f} ± {entry['gain_half']:.1f}"
-            assert line.endswith(f"{gain}  inconclusive")
-    assert lines[5:] == [str(out / "compare.csv"), str(out / "compare.json"),
-                         f"pictures in {out}: compare.png", *compare.answers(table)]
+        assert f"{entry['accuracy']:.1f} ± {entry['accuracy_half']:.1f}" in line
+    assert lines[-2:] == compare.answers(table)
 
 
 @pytest.mark.parametrize("change", [
     "--width 5", "--steps 9", "--vae-steps 9", "--latent-dim 5",
-    "--score validation", "--unlabelled", "--seed 2", "--labels 100", "AMP", "TEST"])
+    "--score validation", "--unlabelled", "--seed 2", "--labels 100", "OTHER_AMP", "TEST"])
 def test_other_settings_and_other_images_make_other_cells(same_grid, monkeypatch, tmp_path,
                                                           change):
     out, words = same_grid
@@ -4298,13 +3428,11 @@ def test_other_settings_and_other_images_make_other_cells(same_grid, monkeypatch
         return unit, "not now"
 
     monkeypatch.setattr(compare, "run_unit", no_unit)
-    if change == "AMP":
-        change = "--no-amp" if common.bfloat16_is_fast(torch.device("cpu")) else "--amp"
     if change == "TEST":
         x, _ = easy(60, seed=5)
         (out / "compare.json").unlink()
         change = f"--dataset {npz(tmp_path / 'tiny.npz', x_test=x[:, 0].numpy())}"
-    assert run(*words, *change.split()) == 2
+    assert run(*words, *change.replace("OTHER_AMP", OTHER_AMP).split()) == 2
     assert len(asked_for) == 4
 
 
@@ -4314,20 +3442,15 @@ def test_other_settings_and_other_images_make_other_cells(same_grid, monkeypatch
     ("", {100: {}, 179: {"unlabelled": False}}), ("--labels 30", {30: {"unlabelled": True}}),
     ("--sizes 12 --unlabelled", {12: {"steps": 400, "unlabelled": True}}),
     ("--sizes 12 --labels 30 --no-unlabelled", {12: {"steps": 300, "unlabelled": False}}),
-    ("--sizes 12 --steps 7 --vae-steps 9", {12: {"steps": 7, "vae_steps": 9}}),
-    ("--sizes 12 COLOUR", {12: {"steps": 600}})])
+    ("--sizes 12 --steps 7 --vae-steps 9", {12: {"steps": 7, "vae_steps": 9}})])
 def test_sizes_fit_the_images_and_a_recipe_has_their_steps_unless_told_otherwise(
-        tmp_path, capsys, words, wanted):
-    images = RGB if "COLOUR" in words else GREY
-    tiny = npz(tmp_path / "tiny.npz", x_train=images, x_test=images[:60])
-    planned = grid_of("--dataset", tiny, "-o", tmp_path, "--seeds", 2, "--seed", 4,
-                      *words.replace("COLOUR", "").split())
+        tmp_path, words, wanted):
+    planned = grid_of("--dataset", npz(tmp_path / "tiny.npz"), "-o", tmp_path, "--seeds", 2,
+                      "--seed", 4, *words.split())
     assert list(planned.recipes) == list(wanted)
     assert planned.units() == list(itertools.product([*wanted][::-1], [4, 5]))
     for n, recipe in wanted.items():
         assert planned.recipes[n].items() >= recipe.items()
-    said = capsys.readouterr().err
-    assert (f"sizes: {[*wanted]}" in said) == ("--sizes" not in words)
 
 
 def test_a_failing_arm_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
@@ -4343,8 +3466,7 @@ def test_a_failing_arm_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, c
     wanted = "n=12 subset 0: real: the loss is not finite between steps 0 and 9"
     assert facts["failed"] == [wanted]
     assert [row["arm"] for row in facts["rows"]] == ["latent posterior"]
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        f"failed: {wanted}", "compare.py: 1 subsets are incomplete; run it again"]
+    assert f"failed: {wanted}\n" in capsys.readouterr().err
     result = tmp_path / "compare.json"  # so old that make begins it again
     assert result.stat().st_mtime < (tmp_path / "compare.csv").stat().st_mtime
 
@@ -4358,78 +3480,21 @@ def test_gather_trains_nothing_and_says_what_is_missing(same_grid, grid, capsys,
     next((out / "cells").glob("30-1-*")).unlink()
     assert run(*words, "--gather") == 2
     assert "n=30 subset 1: not finished" in capsys.readouterr().err
-    assert len(facts_of(out, "compare")["rows"]) == 7
-    shutil.rmtree(out / "cells")
-    assert run(*words, "--gather") == 2
-    assert capsys.readouterr().err.endswith("compare.py: there is no finished cell\n")
     assert fits == []
-
-
-@pytest.mark.parametrize("words, device, wanted", [
-    ([], "cpu", 4), (["--threads", 2], "cpu", 2), (["--jobs", 3], "cpu", 3),
-    (["--jobs", 9], "cpu", 5),          # there are no more subsets
-    ([], "cuda", 4),                    # of eight cores
-    (["--jobs", 1], "cuda", 1), ([], "mps", 1)])
-def test_a_job_per_core_unless_told_otherwise(grid, tmp_path, monkeypatch, words, device,
-                                              wanted):
-    calls = []
-    monkeypatch.setattr(compare, "run_grid", lambda *arguments: calls.append(arguments[2:4]))
-    words = ["--dataset", grid / "tiny.npz", "-o", tmp_path, "--sizes", 12, *words]
-    args = compare.parse_args([str(word) for word in words])
-    started = common.start(args)
-    planned = compare.plan(started, args)
-    started.cores = 8 if device == "cuda" else 4
-    started.device = torch.device(device)
-    compare.train_missing(started, args, planned)
-    started.release()
-    torch.set_num_threads(1)
-    assert calls == [(wanted, args.threads)]
 
 
 @pytest.mark.parametrize("how", ["jobs", pytest.param("ranks", marks=slow)])
 def test_processes_and_ranks_make_the_same_cells(grid, tmp_path, monkeypatch, how):
     leave_blank(monkeypatch)
-    fits = note_fits(monkeypatch, cnn)
     words = [*GRID[1:-1], "--dataset", grid / "tiny.npz", "-o", tmp_path]       # no hybrids
     if how == "ranks":
-        process = torchrun(2, HERE / "compare.py", *words, "--threads", 1, "--quiet")
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, printed
-        assert printed.count("has finished") == 2
+        done = shell(sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node=2", HERE / "compare.py", *words, "--threads", 1)
+        assert done.returncode == 0, done.stdout + done.stderr
         words.append("--gather")
     assert run("compare", *words, "--jobs", 2) == 0
     wanted = {name: text for name, text in cells_of(grid).items() if "-real-" in name}
     assert cells_of(tmp_path) == wanted
-    assert fits == []
-
-
-def test_a_grid_shows_its_rows_and_their_means(grid):
-    rows = facts_of(grid, "compare")["rows"]
-    table = compare.summarise(rows)
-    planned = grid_of(*GRID[1:], "--dataset", grid / "tiny.npz", "-o", grid)
-    left, right = common.figure().subplots(1, 2)
-    compare.curves(left, right, table, rows, planned)
-    dots = [y for part in left.collections if len(part.get_offsets()) == 4      # no bars
-            for y in part.get_offsets()[:, 1]]
-    assert sorted(dots) == approx(sorted(100 * row["accuracy"] for row in rows))
-    heights = [[y for line, *_ in axes.containers for y in line.get_ydata()]
-               for axes in (left, right)]
-    assert sorted(heights[0]) == approx(sorted(entry["accuracy"] for entry in table))
-    assert heights[1] == approx([entry["gain"] for entry in table if "gain" in entry])
-    looks = [compare.arm_look(arm) for arm in compare.ARMS]
-    assert len({(look["color"], look["marker"]) for look in looks}) == len(looks)
-    assert left.figure.get_supxlabel().startswith("up to 2 subsets, each a dot")
-
-
-def test_a_folder_with_the_whole_chain_gets_a_summary_and_others_lose_theirs(bare, capsys):
-    words = [*STEMS["compare"], "--arms", "real"]
-    compared(bare, *words)
-    assert Image.open(bare / "summary.png").width > 1000
-    wanted = "cnn.png compare.png deform.png hybrids.png latent.png summary.png vae.png"
-    assert f"pictures in {bare}: {wanted}" in capsys.readouterr().out
-    (bare / "latent.pt").unlink()       # an old picture is of other cells
-    compared(bare, *words)
-    assert not (bare / "summary.png").exists()
 
 
 # ---- the arms of the comparison: what reaches their training --------------------------------
@@ -4496,7 +3561,6 @@ def test_every_arm_is_trained_from_the_same_weights_by_the_same_settings_beside_
     assert torch.equal(grey.moves.asked[0], grey.images)
     assert torch.equal(grey.moves.asked[1], grey.labels)
     assert list(grey.rows) == list(compare.ARMS)
-    assert set(grey.made) == set(OF_HYBRIDS)
     wanted = first_weights_of(cnn.CNN, 3, 1, 3, 4, 16)
     told = {"steps": 8, "weight_decay": 0.05, "lr": 3e-3, "amp": False, "state": None}
     for arm, fit in grey.fits.items():
@@ -4504,8 +3568,6 @@ def test_every_arm_is_trained_from_the_same_weights_by_the_same_settings_beside_
         assert fit.seed == 3
         assert fit.settings.items() >= told.items()
         assert [len(x) for x, _ in fit.batches] == [64] * 8, arm
-        row = grey.rows[arm]
-        assert row.items() >= {"n": 12, "seed": 3, "arm": arm, "sources": 12}.items()
 
 
 @pytest.mark.parametrize("arm", OF_HYBRIDS)
@@ -4549,8 +3611,8 @@ def test_an_arm_is_trained_on_its_subset_as_it_is_named_for(grey):
         assert torch.equal(images, grey.images)
         assert torch.equal(q, one_hot(grey.labels))
         assert seed == 3
-        assert call.told["share"] == (
-            (1.0, 1.0) if arm in ("hybrid only", "mixup+pseudo only") else (1.0, 0.0))
+        only = arm in ("hybrid only", "mixup+pseudo only")
+        assert call.told["share"] == ((1.0, 1.0) if only else (1.0, 0.0))
         augmentation = grey.moves if augmentation == "moves" else augmentation
         assert call.told["augmentations"] == ([augmentation] if augmentation else []), arm
         found = call.told["mix"]
@@ -4573,19 +3635,20 @@ def test_test_and_validation_images_never_reach_a_training(grey, seen):
             assert rows_used(fit, strangers) == {-1}
 
 
-# ---- what a reported number is made of ------------------------------------------------------
-
 def test_a_score_is_that_of_the_weights_of_the_last_step_on_test_images(grey):
+    test_images, test_y = grey.data.test_images, grey.data.test_labels
+    noisy = compare.noisy(test_images)
     for arm, fit in grey.fits.items():
+        row = grey.rows[arm]
         fit.model.load_state_dict(fit.last)
-        q = cnn.predict(fit.model, grey.data.test_images).softmax(1)
-        for key, value in common.scores(q, grey.data.test_labels).items():
-            assert grey.rows[arm][key] == approx(value, abs=1e-5), arm
-        noisy = cnn.predict(fit.model, compare.noisy(grey.data.test_images)).argmax(1)
-        assert grey.rows[arm]["noise"] == approx(part_of(noisy == grey.data.test_labels))
+        q = cnn.predict(fit.model, test_images).softmax(1)
+        for key, value in common.scores(q, test_y).items():
+            assert row[key] == approx(value, abs=1e-5), arm
+        right = cnn.predict(fit.model, noisy).argmax(1) == test_y
+        assert row["noise"] == approx(part_of(right))
     known = grey.made["real+hybrid"].given[0]
-    q = known.posterior(*vae.encode_all(grey.vaes[0].model, grey.data.test_images))
-    wanted = common.scores(q, grey.data.test_labels)
+    q = known.posterior(*vae.encode_all(grey.vaes[0].model, test_images))
+    wanted = common.scores(q, test_y)
     assert grey.rows["latent posterior"]["accuracy"] == wanted["accuracy"]
     assert grey.rows["latent posterior"]["nll"] == approx(wanted["nll"], rel=1e-3)
 
@@ -4666,6 +3729,7 @@ def test_labels_are_those_given_and_those_spread_by_codes_and_by_images_that_mov
     wanted = latent.embed(saved["mu"], saved["logvar"], pool, y, 3, saved["mu"],
                           few.data.images[pool], deformations(0.5, True))
     assert torch.equal(saved["y"], wanted.y)
+    assert few.embedded[0].given[-1].strength == 0.5
     known = few.true[pool] >= 0
     assert part_of(saved["y"][known] == few.true[pool][known]) > 0.95
     assert set(saved["made_from"]) == {"vae", "deform"}
@@ -4682,7 +3746,7 @@ def test_hybrids_are_made_of_given_and_of_spread_labels(few):
 
 def test_a_classifier_sees_given_and_spread_labels(few):
     saved = few.files["latent"]
-    (images, q, _), told = few.trained.given, few.trained.told
+    (images, q, _), told = few.trained[0].given, few.trained[0].told
     rows = few.data.labelled()
     assert torch.equal(images, few.data.images[rows])
     assert torch.equal(q, one_hot(few.data.labels[rows]))
@@ -4695,22 +3759,6 @@ def test_a_classifier_sees_given_and_spread_labels(few):
     assert set(few.files["cnn"]["made_from"]) == {"hybrids", "latent"}
 
 
-def test_labels_that_do_not_prove_themselves_are_not_spread(tmp_path, capsys, monkeypatch):
-    leave_blank(monkeypatch)
-    y = torch.randint(3, (200,), generator=seeded()).numpy()
-    out = tmp_path / "run"
-    tiny = with_loose(tmp_path / "a.npz", y_train=y)
-    assert run("deform", "--dataset", tiny, "-o", out) == 0
-    assert run("vae", "-o", out, *STEMS["vae"]) == 0
-    assert run("latent", "-o", out) == 0
-    said = capsys.readouterr().out
-    assert "do not predict each other: none is spread to the 90 images" in said
-    saved = read(out / "latent.pt")
-    assert (saved["y"][~saved["given"]] == -1).all()
-    assert run("hybrids", "-o", out, "--count", 90) == 0
-    assert "spread" not in capsys.readouterr().out
-
-
 # ---- percentages of pictures and of points --------------------------------------------------
 
 @pytest.fixture
@@ -4721,27 +3769,39 @@ def dog(tmp_path):
     return file
 
 
+def percentages_in(printed):
+    """The percentages that a script has printed, a class a line -> by name."""
+    lines = re.findall(r"^ *([\d.]+)% +(\w+)$", printed, re.M)
+    return {name: float(percent) / 100 for percent, name in lines}
+
+
+@pytest.mark.parametrize("words, ink", [
+    ("latent --image", False), ("cnn --predict", False), ("cnn --predict", True)])
 def test_points_and_pictures_have_the_percentages_that_speak_and_those_of_the_classifier(
-        seen, dog, capsys):
-    posterior = latent.restored(seen.files["latent"]["percentages"])
+        seen, dog, capsys, words, ink):
     image = torch.from_numpy(np.array(Image.open(dog)))[None, None]
-    point = "0.3,-1.2,0,1"
-    of_cnn = cnn.predict(seen.classifier, image).softmax(1)
-    asked = {("latent", "--point", point): posterior(torch.tensor([[0.3, -1.2, 0, 1]])),
-             ("latent", "--image", dog): posterior(*vae.encode_all(seen.model, image)),
-             ("cnn", "--predict", dog): of_cnn, ("cnn", "--predict", "INK"): of_cnn}
-    for words, wanted in asked.items():
-        if words[-1] == "INK":          # on white paper, where the set is chalk on a board
-            Image.fromarray(255 - np.asarray(Image.open(dog))).convert("RGB").save(dog)
-        assert run(*words[:2], dog if words[-1] == "INK" else words[2], "-o", seen.out) == 0
-        printed = capsys.readouterr().out
-        lines = re.findall(r"^ *([\d.]+)% +(\w+)$", printed, re.M)
-        found = {name: float(percent) for percent, name in lines}
-        found_q = [found[name] / 100 for name in ANIMALS]
-        assert found_q == approx(wanted[0].tolist(), abs=6e-4)
-        assert list(found.values()) == sorted(found.values(), reverse=True)
-        assert words[-1] == point or printed.startswith(f"{dog}: grey, 16x16")
-        assert ("inverted" in printed) == (words[-1] == "INK")
+    if ink:                             # on white paper, where the set is chalk on a board
+        Image.fromarray(255 - np.asarray(Image.open(dog))).convert("RGB").save(dog)
+    script, flag = words.split()
+    assert run(script, flag, dog, "-o", seen.out) == 0
+    if script == "cnn":
+        wanted = cnn.predict(seen.classifier, image).softmax(1)[0]
+    else:
+        posterior = latent.restored(seen.files["latent"]["percentages"])
+        wanted = posterior(*vae.encode_all(seen.model, image))[0]
+    printed = capsys.readouterr().out
+    found = percentages_in(printed)
+    assert [found[name] for name in ANIMALS] == approx(wanted.tolist(), abs=6e-4)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert ("inverted" in printed) == ink
+
+
+def test_a_point_has_the_percentages_that_speak(seen, capsys):
+    posterior = latent.restored(seen.files["latent"]["percentages"])
+    wanted = posterior(torch.tensor([[0.3, -1.2, 0, 1]]))[0]
+    assert run("latent", "--point", "0.3,-1.2,0,1", "-o", seen.out) == 0
+    found = percentages_in(capsys.readouterr().out)
+    assert [found[name] for name in ANIMALS] == approx(wanted.tolist(), abs=6e-4)
 
 
 def test_the_pictures_of_a_folder_are_a_table_and_a_bad_one_does_not_end_it(chain, tmp_path,
@@ -4755,9 +3815,7 @@ def test_the_pictures_of_a_folder_are_a_table_and_a_bad_one_does_not_end_it(chai
     said = capsys.readouterr()
     rows = list(csv.DictReader(io.StringIO(said.out)))
     assert len(rows) == 6
-    assert list(rows[0]) == ["file", "likeliest", *ANIMALS]
     for row in rows:
-        assert Path(row["file"]).exists()
         assert row["likeliest"] == ANIMALS[int(Path(row["file"]).name[0]) % 3]
         assert sum(float(row[c]) for c in ANIMALS) == approx(1, abs=1e-3)
     assert said.err.splitlines()[-1] == "cnn.py: 1 of 7 pictures cannot be read"
@@ -4782,7 +3840,7 @@ def test_two_runs_in_one_folder_do_not_mix_but_a_question_is_free_and_writes_not
     assert run("hybrids", "-o", bare, "--count", 9) == 0
 
 
-# ---- hybrids.py --export, and names of classes ----------------------------------------------
+# ---- hybrids.py --export, notebooks, reviews ------------------------------------------------
 
 def table_of(path):
     return list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
@@ -4803,49 +3861,23 @@ def test_an_export_holds_the_images_and_percentages_of_the_file(chain):
 def test_an_export_goes_into_a_new_or_an_empty_folder_outside_of_the_data_set(
         there, capsys, monkeypatch):
     monkeypatch.setattr(deform.Deformations, "fit", found((0.0, False)))
-    assert run("deform", "-o", there) == 0
-    assert run("latent", "-o", there) == 0
-    earlier = ["--no-deform", "--count", 9, "--export"]
+    assert run("deform", "-o", there) == run("latent", "-o", there) == 0
+    words = ["hybrids", "-o", there, "--no-deform", "--count", 9, "--export"]
     Path("new").mkdir()
     Path("new/.DS_Store").write_text("of a Mac")
-    assert run("hybrids", "-o", there, *earlier, "new") == 0
+    assert run(*words, "new") == 0
     assert len(contents(Path("new"))) == 11
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     before = contents(Path())
     capsys.readouterr()
     for folder in ("new", "mine", "photos.v1", "photos.v1/new", "photos.v1/0/new"):
-        line = mistake(capsys, "hybrids", "-o", there, *earlier, folder)
+        line = mistake(capsys, *words, folder)
         assert re.search("inside the data set|is not empty", line), line
     assert contents(Path()) == before
 
 
-NAMES = ['he said "$x"', "file", "../../c, d\r", "猫", "a" * 300, "label"]
-
-
-def test_classes_of_any_name_have_a_column_each_and_files_in_the_folder(tmp_path, capsys):
-    out = tmp_path / "run"
-    y = np.arange(200) % 6
-    tiny = npz(tmp_path / "tiny.npz", y_train=y, y_test=y[:60], classes=np.array(NAMES))
-    assert run("vae", "--dataset", tiny, "-o", out, *STEMS["vae"]) == 0
-    assert run("latent", "-o", out) == 0
-    assert run("hybrids", "-o", out, "--count", 60, "--no-deform", "--export", out / "x") == 0
-    assert run("cnn", "-o", out, *STEMS["cnn"]) == 0
-    rows = table_of(out / "x/labels.csv")
-    assert list(rows[0]) == ["file", NAMES[0], "class file", *NAMES[2:]]
-    assert {out / "x" / row["file"] for row in rows} == set((out / "x").glob("*/*.png"))
-    assert list(table_of(out / "latent.csv")[0])[6:] == [*NAMES[:5], "class label"]
-    assert facts_of(out, "cnn")["dataset"]["classes"] == NAMES
-    capsys.readouterr()
-    assert run("cnn", "-o", out, "--predict", out / "x") == 0
-    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
-    assert list(table[0])[2:4] == [NAMES[0], "class file"]
-    assert len(table) == 60
-
-
 def test_a_notebook_finds_its_settings_as_they_were(copy):
-    import matplotlib
-    del (before := dict(matplotlib.rcParams))["backend"]
     torch.set_num_threads(2)
     os.environ["MPLBACKEND"] = "module://of_a_notebook"
     try:
@@ -4854,7 +3886,6 @@ def test_a_notebook_finds_its_settings_as_they_were(copy):
     finally:
         torch.set_num_threads(1)
         assert os.environ.pop("MPLBACKEND") == "module://of_a_notebook"
-    assert {key: matplotlib.rcParams[key] for key in before} == before
 
 
 def test_movements_of_a_comparison_are_learned_from_given_labels_alone(tmp_path, monkeypatch):
@@ -4920,29 +3951,26 @@ def test_labels_spread_to_images_are_of_one_class_however_soft_the_labeller(few,
 
 def test_a_table_has_the_percentages_of_every_image(few):
     table = {line["image"]: line for line in table_of(few.out / "latent.csv")}
-    data = few.data
+    data, saved = few.data, few.files["latent"]
     assert set(table) == set(data.names)
     counts = Counter(line["part"] for line in table.values())
     assert counts == {"train": 30, "unlabelled": 260, "test": 60}       # of few labels
-    saved = few.files["latent"]
     posterior = latent.restored(saved["percentages"])
-    tests = posterior(*vae.encode_all(few.model, data.test_images[:5]))
-    rows = [*saved["rows"].tolist(), *range(len(data.images), len(data.images) + 5)]
-    for row, q in zip(rows, torch.cat([saved["q"], tests]), strict=True):
-        line = table[data.names[row]]
-        shares = [float(line[animal]) for animal in ANIMALS]
-        assert shares == approx(q.tolist(), abs=1e-4)
+    tests = posterior(*vae.encode_all(few.model, data.test_images))
+    names = [data.names[row] for row in saved["rows"]]
+    every_name = names + data.names[len(data.images):]
+    for name, q in zip(every_name, torch.cat([saved["q"], tests]), strict=True):
+        line = table[name]
+        assert [float(line[animal]) for animal in ANIMALS] == approx(q.tolist(), abs=1e-4)
         assert line["likeliest"] == ANIMALS[q.argmax()]
-        assert float(line["sure"]) == approx(max(shares))
-    for k, row in enumerate(saved["rows"].tolist()):
-        line = table[data.names[row]]
-        label = ANIMALS[saved["y"][k]]
-        wanted = (label, "") if saved["given"][k] else ("", label)
-        assert (line["label"], line["spread"]) == wanted
+    for name, y, given in zip(names, saved["y"], saved["given"]):
+        label = ANIMALS[y]
+        found = table[name]["label"], table[name]["spread"]
+        assert found == ((label, "") if given else ("", label))
 
 
 def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_has_said(
-        tmp_path, capsys, monkeypatch):
+        tmp_path, monkeypatch):
     leave_blank(monkeypatch)
     y = easy(200)[1].numpy()
     rows = dataset(npz(tmp_path / "a.npz"), tmp_path).pool[[5, 50, 120]].tolist()
@@ -4952,21 +3980,15 @@ def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_ha
     out = tmp_path / "run"
     assert run("deform", "--dataset", file, "-o", out) == 0
     assert run("vae", "-o", out, "--steps", 60, "--latent-dim", 4) == 0
-    capsys.readouterr()
     assert run("latent", "-o", out, "--review") == 0
-    said = capsys.readouterr().out.splitlines()
     table = table_of(out / "review.csv")
-    assert list(table[0]) == latent.COLUMNS
     suspected, teaching = ([line for line in table if line["why"] == why]
                            for why in ("label looks wrong", "label would teach most"))
     wrong = {line["image"]: line["likeliest"] for line in suspected}
     assert wrong and wrong.items() <= right.items()     # it does not cry wolf
     assert len(teaching) == 90
-    assert all(line["image"].startswith("unlabelled/") and line["label"] == ""
-               for line in teaching)
+    assert all(line["image"].startswith("unlabelled/") for line in teaching)
     assert {line["new_label"] for line in table} == {""}
-    assert (out / "review.png").exists()
-    assert {f"label looks wrong: {len(suspected)}", "label would teach most: 90"} <= {*said}
 
     codes = latent.Codes.restore(saved := read(out / "latent.pt"))
     _, data = opened("latent", "-o", out)
@@ -4981,7 +4003,6 @@ def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_ha
     mine.write_text("\n".join(lines))
     before = mine.read_bytes()
     assert run("deform", "--dataset", file, "-o", out, "--labels-from", mine) == 0
-    assert f"4 labels are those of {mine}" in capsys.readouterr().err
     assert run("vae", "-o", out, *STEMS["vae"]) == 0
     assert run("latent", "-o", out, "--review") == 0
     assert mine.read_bytes() == before
@@ -5031,20 +4052,15 @@ TEN = ["--steps", 10, "--width", 4]
 
 @pytest.mark.parametrize("words, names", [
     ("--lr 0.001 --resume", "lr 0.003, now 0.001"), ("--width 5 --resume", "width 4, now 5"),
-    ("HYBRIDS --resume", "made_from"), ("KIND --resume", "damaged"), ("", "not asked for")])
+    ("", "not asked for")])
 def test_unfinished_work_that_does_not_fit_is_kept_and_the_line_names_what_differs(
         bare, capsys, monkeypatch, words, names):
     interrupted(bare, "cnn", 2, *TEN)
-    if "HYBRIDS" in words:
-        assert run("hybrids", "-o", bare, "--count", 91) == 0
-    if "KIND" in words:
-        shutil.copy(bare / "vae.pt", bare / "cnn.last.pt")
     work = (bare / "cnn.last.pt").read_bytes()
     (bare / "cnn.last.1.pt").write_text("kept before")
     fits = note_fits(monkeypatch, cnn)
     capsys.readouterr()
-    words = words.replace("HYBRIDS", "").replace("KIND", "").split()
-    assert run("cnn", "-o", bare, *TEN, *words) == 0
+    assert run("cnn", "-o", bare, *TEN, *words.split()) == 0
     line, = capsys.readouterr().err.splitlines()
     assert names in line
     assert line.endswith("kept as cnn.last.2.pt")
@@ -5090,7 +4106,7 @@ def there(settled, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["", "gone", "damaged"])
-@pytest.mark.parametrize("script", ["vae", "latent", "hybrids", "cnn", "compare"])
+@pytest.mark.parametrize("script", ["vae", "cnn", "compare"])
 def test_a_folder_goes_on_with_its_own_data_set_and_settings(there, script, spoil):
     if spoil == "gone":
         (there / "vae.pt").unlink()
@@ -5101,7 +4117,6 @@ def test_a_folder_goes_on_with_its_own_data_set_and_settings(there, script, spoi
     assert len(data.labelled()) == 30
     wanted = {"dataset": "photos.v1", "labels": 30, "seed": 3, "image_size": 40}
     assert started.which.items() >= wanted.items()
-    assert data.facts()["which"] == started.which
 
 
 @pytest.mark.parametrize("spelt", ["photos.v1/", "./photos.v1", "ABSOLUTE", "moved"])
@@ -5127,7 +4142,9 @@ def test_another_data_set_in_the_folder_is_refused_with_both_and_another_o(there
 def last_line(capsys, *words):
     """The line of a mistake, above which remarks may stand."""
     assert run(*words) == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{words[0]}.py: ")
+    return line
 
 
 def command_in(line):
@@ -5151,20 +4168,9 @@ def test_a_flag_against_the_folder_is_refused_with_a_whole_command(there, capsys
     assert {key: found[key] for key in wanted} == wanted
 
 
-def test_a_comparison_has_other_subsets_but_prints_the_command_of_the_folder(
-        tmp_path, monkeypatch, capsys):
-    leave_blank(monkeypatch)
-    tiny = npz(tmp_path / "tiny.npz")
-    out = tmp_path / "run"
-    assert run("vae", "--dataset", tiny, "-o", out, "--images", 90, "--seed", 3,
-               *STEMS["vae"]) == 0
-    started, data = opened("compare", "-o", out, "--seed", 9)
+def test_a_comparison_may_have_other_subsets_than_the_folder(chain):
+    started, data = opened("compare", "-o", chain, "--seed", 9)
     assert (started.seed, len(data.labelled())) == (9, 179)
-    npz(tmp_path / "tiny.npz", 180)     # the file is another by now
-    line = last_line(capsys, "compare", "-o", out, "--seed", 9)
-    assert "other images or labels" in line
-    args = vae.parse_args(command_in(line)[1])
-    assert (args.images, args.seed, args.dataset) == (90, 3, str(tiny))
 
 
 @pytest.mark.parametrize("script, missing", [
@@ -5197,9 +4203,6 @@ BAD_FILES = {
     "cut off": (lambda out: os.truncate(out / "vae.pt", 500), "latent", "damaged.* vae.py"),
     "empty": (lambda out: os.truncate(out / "latent.pt", 0), "hybrids", "damaged.*latent.py"),
     "a bit": (lambda out: spoil_a_bit(out / "vae.pt"), "latent", "damaged.* vae.py"),
-    "a list": (lambda out: torch.save([1], out / "vae.pt"), "latent", "damaged"),
-    "other kind": (lambda out: shutil.copy(out / "cnn.pt", out / "vae.pt"), "latent",
-                   "cnn|damaged"),
     "other format": (lambda out: change(out / "vae.pt", format=5), "latent",
                      "another version.* vae.py"),
     "other vae": (lambda out: change(out / "vae.pt", more=1), "hybrids",
@@ -5229,8 +4232,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("deform --dataset TINY --sizes 9 181 -o NEW", "181 images asked for.*SIZES"),
     ("vae --batch-size 1000000000000", "out of memory"),
     (f"vae --device {ABSENT}", f"--device {ABSENT}"), ("vae -o OUT/vae.pt", "is a file"),
-    ("vae -o OUT/vae.pt/x", "vae.pt"), ("latent --point 1,2", "4 finite numbers"),
-    ("latent --point 1,nan,2,3", "finite"),
+    ("latent --point 1,2", "4 finite numbers"), ("latent --point 1,nan,2,3", "finite"),
     ("latent --image OUT/no.png", r"no\.png"),
     ("hybrids --count 9 --export OUT/vae.pt", "vae.pt"),
     ("cnn --predict OUT/nothing", "nothing"), ("cnn --predict OUT/none", "no images"),
@@ -5242,20 +4244,17 @@ def test_commands_that_cannot_be_obeyed_end_in_one_line(copy, capsys, command, p
         command = command.replace(name, str(path))
     script, *words = command.split()
     line = last_line(capsys, script, "-o", copy, *words)
-    assert line.startswith(f"{script}.py: ")
     assert re.search(pattern, line), line
     assert not unfinished(copy)
 
 
 @pytest.mark.parametrize("words", [
     "vae --steps 0", "vae --steps 1.5", "vae --lr nan", "vae --lr -1", "vae --beta inf",
-    "vae --latent-dim 0", "vae --batch-size -3", "vae --seed -1", "vae --image-size 8",
-    "vae --seed 99999999999999999999", "vae --device tpu", "vae --threads 0", "vae --nosuch",
-    "deform --images 0", "latent --point 1,a", "hybrids --count 0",
-    "hybrids --strategy nowhere", "hybrids --strategy prior --label product",
-    "cnn --hybrid-fraction 2", "cnn --hybrid-fraction 1 0 0", "cnn --width 0",
-    "cnn --batch-size 1", "compare --images 9", "compare --sizes 1", "compare --seeds 0",
-    "compare --arms nosuch", "cnn --weight-decay inf", "compare --jobs 0"])
+    "vae --seed -1", "vae --seed 99999999999999999999", "vae --device tpu", "vae --nosuch",
+    "deform --images 0", "latent --point 1,a", "hybrids --strategy nowhere",
+    "hybrids --strategy prior --label product", "cnn --hybrid-fraction 2",
+    "cnn --hybrid-fraction 1 0 0", "cnn --batch-size 1", "compare --images 9",
+    "compare --sizes 1", "compare --arms nosuch"])
 def test_flags_out_of_range_end_in_one_line(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*words.split())
@@ -5273,17 +4272,16 @@ def test_a_fault_of_the_program_itself_is_not_explained_away(tmp_path):
 
 # ---- bad machines ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("suffix", [".json", ".pt", ".png"])
+# Of .json and .pt files alike: the .png comes between.
 @pytest.mark.parametrize("script", STEMS)
-def test_a_full_disk_leaves_the_files_as_they_were(bare, capsys, monkeypatch, script, suffix):
-    if (script, suffix) == ("compare", ".pt"):
-        pytest.skip("it writes none")
+def test_a_full_disk_leaves_the_files_as_they_were(bare, capsys, monkeypatch, script):
     before = {file: content for file, content in contents(bare).items()
               if file.suffix in (".json", ".pt")}
+    last = ".json" if script == "compare" else ".pt"
     plain = common.as_bytes
 
     def full(content, kind):
-        if kind == suffix and (kind != ".pt" or "kind" in content):
+        if kind == last and (kind != ".pt" or "kind" in content):
             raise OSError(28, "No space left on device")
         return plain(content, kind)
 
@@ -5300,11 +4298,9 @@ def test_a_full_disk_leaves_the_files_as_they_were(bare, capsys, monkeypatch, sc
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("name, code", [("closed", 0), ("full", 2), ("gone", 2)])
+@pytest.mark.parametrize("name, code", [("closed", 0), ("full", 2)])
 def test_the_result_does_not_depend_on_who_listens(bare, monkeypatch, capsys, name, code):
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = {"closed": None, "full": open("/dev/full", "w"), "gone": open(writer, "w")}[name]
+    stream = open("/dev/full", "w") if name == "full" else None
     (bare / "hybrids.pt").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
@@ -5325,12 +4321,8 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc to look into")
-@pytest.mark.parametrize("how, whom, code", [
-    (signal.SIGINT, "all", 130),
-    pytest.param(signal.SIGKILL, "parent", -9, marks=slow),
-    pytest.param(signal.SIGKILL, "worker", 2, marks=slow)])
-def test_a_signal_ends_a_grid_in_one_line_and_leaves_no_process(grid, tmp_path, how, whom,
-                                                                code):
+@pytest.mark.parametrize("whom, code", [("all", 130), pytest.param("worker", 2, marks=slow)])
+def test_a_signal_ends_a_grid_in_one_line_and_leaves_no_process(grid, tmp_path, whom, code):
     words = [*GRID[1:], "--dataset", grid / "tiny.npz", "-o", tmp_path, "--jobs", 2, "--quiet",
              "--steps", 5000 if whom == "all" else 200]
     parent = subprocess.Popen([sys.executable, HERE / "compare.py", *map(str, words)], env=ENV,
@@ -5343,38 +4335,20 @@ def test_a_signal_ends_a_grid_in_one_line_and_leaves_no_process(grid, tmp_path, 
         return len(workers) == 2
 
     assert wait_for(both_there)
-    if whom == "parent":
-        parent.kill()
-    elif whom == "worker":
-        os.kill(int(workers[0]), how)
+    if whom == "worker":
+        os.kill(int(workers[0]), signal.SIGKILL)
     while whom == "all" and parent.poll() is None:      # again and again
         os.killpg(parent.pid, signal.SIGINT)
         time.sleep(0.05)
     said = parent.communicate(timeout=200)[1]
     assert parent.returncode == code
     assert "Traceback" not in said
-    if code == 130:
-        assert said == "compare.py: interrupted; what was finished is kept\n"
-    assert ("run the same command again" in said) == (code == 2)
+    wanted = "what was finished is kept" if whom == "all" else "run the same command again"
+    assert wanted in said
     assert wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
 # ---- ranks ----------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("variables, wanted", [
-    ({}, (0, 1)), ({"RANK": "x", "WORLD_SIZE": "4"}, (0, 1)),
-    ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, (1, 4))])
-def test_ranks_are_those_of_torchrun_and_not_of_a_batch_system(monkeypatch, variables, wanted):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    spec = importlib.util.spec_from_file_location("again", HERE / "common.py")
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "again", again)
-    spec.loader.exec_module(again)
-    assert (again.RANK, again.RANKS) == wanted
-
 
 def test_a_rank_trains_its_share_and_the_first_one_alone_writes(grid, bare, tmp_path,
                                                                monkeypatch, capsys):
@@ -5386,58 +4360,14 @@ def test_a_rank_trains_its_share_and_the_first_one_alone_writes(grid, bare, tmp_
     assert [fit.seed for fit, in fits] == [10**6] * 2   # each rank draws other numbers
     assert {name: (bare / name).read_bytes() for name in before} == before
     assert not list(bare.glob("*.last.pt"))
-    assert capsys.readouterr().out == ""
     monkeypatch.setattr(common, "RANKS", 2)
-    words = [*GRID, "--dataset", grid / "tiny.npz", "-o", tmp_path / "new", "--jobs", 1,
-             "--no-amp"]
+    words = [*GRID, "--dataset", grid / "tiny.npz", "-o", tmp_path / "new", "--jobs", 1]
     assert run(*words) == 0
-    assert capsys.readouterr().out.endswith("--gather --no-amp\n")
+    assert "--gather" in capsys.readouterr().out
     units = {name.rsplit("-", 2)[0] for name in cells_of(tmp_path / "new")}
     assert units == {"30-1", "12-1"}
     assert not (tmp_path / "new/compare.json").exists()
     assert "without torchrun" in mistake(capsys, "latent", "-o", bare)
-
-
-def test_ranks_talk_through_gloo_and_share_a_batch_without_a_rest(bare, monkeypatch, capsys):
-    chosen = []
-    monkeypatch.setattr(common, "RANKS", 3)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
-    assert "no multiple of the 3 ranks" in mistake(capsys, "vae", "-o", bare)
-    assert chosen == ["gloo"]
-
-
-# A script's main, and the weights that each rank ends with.
-WATCHED = """
-import importlib, os, sys, torch
-name, where = sys.argv[1:3]
-module = importlib.import_module(name)
-plain = module.fit
-
-def fit(net, *arguments, **settings):
-    yield from plain(net, *arguments, **settings)
-    torch.save(net.module.state_dict(), f"{where}/rank{os.environ['RANK']}.pt")
-
-module.fit = fit
-sys.exit(module.main(sys.argv[3:]))
-"""
-
-
-@slow
-@pytest.mark.parametrize("name", ["vae", "cnn"])
-def test_two_ranks_train_one_model_and_resume_nothing(copy, tmp_path, name):
-    (tmp_path / "watched.py").write_text(WATCHED)
-    interrupted(copy, name, 2, "--steps", 40)
-    process = torchrun(2, tmp_path / "watched.py", name, tmp_path, "-o", copy, "--steps", 40,
-                       "--threads", 1, "--quiet", "--resume", PYTHONPATH=str(HERE))
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, printed
-    assert f"now 2); kept as {name}.last.1.pt" in printed
-    one, two = (torch.load(tmp_path / f"rank{k}.pt") for k in (0, 1))
-    for key in one:
-        if "running" not in key and "tracked" not in key:       # statistics of each rank
-            assert torch.equal(one[key], two[key]), key
-    assert same(one, read(copy / f"{name}.pt")["model"])
 
 
 # ---- the make chain -------------------------------------------------------------------------
@@ -5456,15 +4386,12 @@ def test_make_n_lists_the_six_commands_with_their_settings(tree):
     assert {args["out"] for args in told.values()} == {Path("runs/mnist")}
     wanted = {"dataset": "mnist", "seed": 3, "labels": 70, "images": 80, "image_size": 40,
               "labels_from": "a.csv"}
-    assert {key: told["deform"][key] for key in wanted} == wanted
+    assert told["deform"].items() >= wanted.items()
     assert [told[script]["steps"] for script in ("vae", "cnn", "compare")] == [7, 7, 7]
     assert told["compare"]["sizes"] == [50, 60]
     assert told["latent"]["review"]
-    told = dict(commands_printed(tree))         # the demonstration is shorter
-    assert "--seeds 3 --steps 150 --vae-steps 300" in shlex.join(told["compare"])
     told = dict(commands_printed(tree, "DATASET=mnist"))
     assert not any("--steps" in words for words in told.values())
-    assert "--seeds 5" in shlex.join(told["compare"])
 
 
 @pytest.mark.parametrize("path, name", [
@@ -5474,12 +4401,6 @@ def test_a_run_has_the_whole_name_of_its_data_set_in_make_and_without(tree, path
     assert common.name_of(path) == name
     _, words = commands_printed(tree, f"DATASET={path}")[0]
     assert deform.parse_args(words).out == Path("runs", name)
-
-
-def test_make_help_names_targets_and_variables(tree):
-    printed = make(tree, "help", "PYTHON=python")
-    for word in ("all", "quick", "test", "clean", *VARIABLES):
-        assert re.search(rf"\b{word}\b", printed), word
 
 
 STAND_IN = """#!/bin/sh
@@ -5542,16 +4463,6 @@ def test_make_repeats_what_a_changed_or_lost_file_changes_and_no_more(made, tree
     assert deform.parse_args(words).labels_from == "runs/glyphs/labels.csv"
 
 
-def test_make_clean_removes_runs_and_nothing_else(tree):
-    for folder in ("runs/glyphs/cells", "data/MNIST", "elsewhere"):
-        (tree / folder).mkdir(parents=True)
-        (tree / folder / "file.pt").write_text("x")
-    before = contents(tree)
-    make(tree, "clean", "OUT=elsewhere", "DATA=data")
-    gone = {file.relative_to(tree).parts[0] for file in before.keys() - contents(tree).keys()}
-    assert gone == {"runs"}
-
-
 def start_make(tree, command):
     return subprocess.Popen(command, cwd=tree, env=ENV, text=True, stderr=subprocess.PIPE,
                             stdout=subprocess.DEVNULL, start_new_session=True)
@@ -5591,33 +4502,15 @@ def test_make_quick_twice_on_a_small_folder_with_unlabelled_pictures(tree):
     words = ["quick", f"PYTHON={sys.executable}", "DATASET=photos", "IMAGE_SIZE=16"]
     first = make(tree, *words)
     assert [name for name in SCRIPTS if f" {name}.py " in first] == list(SCRIPTS)
+    assert "10 images: hybrids change accuracy by " in first
     assert ".py" not in make(tree, *words)
     out = tree / "runs/quick"
     files = {file.name for file in out.iterdir()}
-    for name in STEPS:
-        assert {f"{name}.pt", f"{name}.json", f"{name}.png"} <= files
-    assert {"latent.csv", "review.csv", "compare.json", "compare.csv"} <= files
+    assert {f"{name}.{end}" for name in STEPS for end in ("pt", "json", "png")} <= files
+    assert {"latent.csv", "review.csv", "compare.json", "compare.csv", "summary.png"} <= files
     assert not unfinished(out)
-    *_, where, answer = first.rstrip().splitlines()
-    pictures = sorted(file for file in files if file.endswith(".png"))
-    assert where == f"pictures in runs/quick: {' '.join(pictures)}"
-    assert re.fullmatch(r"10 images: hybrids change accuracy by .* points \(2 subsets\): .*",
-                        answer)
     assert facts_of(out, "compare")["recipes"]["10"]["unlabelled"]
     assert len(list((tree / "photos").rglob("*.png"))) == 150
-
-
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
-def test_the_chain_runs_on_a_true_gpu_and_its_files_without(tree, tmp_path):
-    there = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda')"]
-    if subprocess.run(there, env=WITH_GPU, capture_output=True).returncode:
-        pytest.skip("there is no GPU that torch can use")
-    words = ["make", "quick", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'run'}",
-             "DEVICE=cuda", "COMPARE_FLAGS=--vae-steps 20 --jobs 2"]
-    done = subprocess.run(words, cwd=tree, env=WITH_GPU, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for script in ("latent", "hybrids"):
-        assert run(script, "-o", tmp_path / "run") == 0         # on the processor
 
 
 # ---- the pages ------------------------------------------------------------------------------
@@ -5677,14 +4570,13 @@ RESULTS = sorted(file.stem for file in (HERE / "assets").glob("*.json"))
 
 @pytest.mark.parametrize("stem", RESULTS)
 def test_a_number_changed_in_a_result_file_is_found(pages, capsys, stem):
-    evidence_in(pages).main([])
-    capsys.readouterr()
+    def larger(found):
+        number = float(found[0])
+        return str(round(1.07 * number, 6) if "." in found[0] else int(1.07 * number))
+
     file = pages / f"assets/{stem}.json"
     number = r'(?<!"n": )(?<!"seed": )(?<![\w."])(\d+\.\d+|\d{3,})(?![\w."])'
-    file.write_text(re.sub(number, lambda found: str(round(1.07 * json.loads(found[0]), 6)
-                                                     if "." in found[0] else
-                                                     int(1.07 * int(found[0]))),
-                           file.read_text()))
+    file.write_text(re.sub(number, larger, file.read_text()))
     assert differing(pages, capsys)
 
 
@@ -5694,31 +4586,11 @@ def test_the_commands_of_the_pages_are_understood(tree):
             SCRIPTS[script].parse_args([word for word in words if word != "..."])
         for command in re.findall(r"^    (make .*)$", text, re.M):
             make(tree, "-n", "PYTHON=python", *shlex.split(command, comments=True)[1:])
-    evidence = PAGE["assets/EVIDENCE.md"]
-    block = re.search(r"\n\n((?: {4}.*\n)+)", evidence.split("## Commands")[1])[1]
-    done = shell("bash", "-e", "-c", 'python() { shift; printf "%q " "$@"; echo; }\n' + block)
-    lines = [*done.stdout.splitlines(), *re.findall(r"`(--dataset [^`]*)`", evidence)]
-    assert len(lines) > 10
+    lines = re.findall(r"`(--dataset [^`]*)`", PAGE["assets/EVIDENCE.md"])
     for line in lines:
         assert compare.parse_args(shlex.split(line)).dataset
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_flags_and_links_of_a_page_lead_somewhere(name, capsys):
-    text = PAGE[name]
-    known = {"--nproc-per-node", "--index-url", "--extra-index-url", "--check"}
-    for script in SCRIPTS.values():
-        with pytest.raises(SystemExit):
-            script.parse_args(["--help"])
-        known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
-    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", text):
-        path, _, anchor = link.partition("#")
-        target = (HERE / name).parent / path if path else HERE / name
-        assert target.exists(), link
-        headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M) if anchor else []
-        assert anchor in {"", *(heading.lower().replace(" ", "-") for heading in headings)}
-    assert name != "README.md" or len(text.splitlines()) <= 160         # three minutes
 # ---- features of a pretrained network -------------------------------------------------------
 
 # Mean colours of 4 x 4 fields; notes.txt says when it ran, 0, and on how many pictures.
@@ -5794,8 +4666,8 @@ def test_the_elbo_of_a_linear_gaussian_model_is_its_log_likelihood(given, width,
 
 
 @pytest.mark.parametrize("rows, features, times, count", [
-    (300, 40, 1, 40), (20, 60, 1, 19), (400, 150, 1, 128), (140, 200, 1, 128), (2, 5, 1, 1),
-    (15, 60, 2, 14), (15_000, 6, 2, 6)], ids=str)       # pictures that are there twice
+    (300, 40, 1, 40), (20, 60, 1, 19), (400, 150, 1, 128), (2, 5, 1, 1), (15, 60, 2, 14),
+    (15_000, 6, 2, 6)], ids=str)        # pictures that are there twice
 def test_the_directions_are_the_principal_ones_the_widest_first(rows, features, times, count):
     x = noise(rows, features) * torch.linspace(1, 4, features)
     x = x[x[:, 0].argsort()] - x.mean(0)                # in order, as folders are
@@ -5813,12 +4685,11 @@ def test_features_have_unit_length_are_centred_and_of_mean_square_1_over_some_ro
     data = SimpleNamespace(features=x[:6003].half(), test_features=x[6003:].half())
     rows = torch.arange(6003).flip(0)[:5500]
     inputs = common.Inputs(data, rows)
-    units = x.half().float() / x.half().float().norm(dim=1, keepdim=True)
-    mean = units[rows].mean(0)
-    scale = 1 / (units[rows] - mean).square().mean().sqrt()
-    close(inputs[rows], (units[rows] - mean) * scale, atol=1e-4, rtol=0)
-    close(inputs.test(), (units[6003:] - mean) * scale, atol=1e-4, rtol=0)
-    assert inputs.fields()["scale"] == approx(scale.item(), rel=1e-4)
+    units = F.normalize(x.half().float(), dim=1)
+    away = units - units[rows].mean(0)
+    wanted = away / away[rows].square().mean().sqrt()
+    close(inputs[rows], wanted[rows], atol=1e-4, rtol=0)
+    close(inputs.test(), wanted[6003:], atol=1e-4, rtol=0)
 
 
 def test_the_painter_learns_what_lies_at_points_and_leaves_them_there():
@@ -5832,20 +4703,23 @@ def test_the_painter_learns_what_lies_at_points_and_leaves_them_there():
 
 def test_the_weights_of_a_classifier_of_features_cost_half_their_square():
     model = cnn.LinearClassifier(6, 3, l2=0.7)
-    model.head.weight.data = noise(3, 6)
+    weight = noise(3, 6)
+    model.head.weight.data = weight.clone()
     x = noise(5, 6, seed=2)
     q = noise(5, 3, seed=3).softmax(1)
     row = next(cnn.fit(model, lambda *_: (x, q), steps=1, lr=0.0, generator=seeded()))
-    nats = -(q * (x @ noise(3, 6).T).log_softmax(1)).sum(1).mean()
-    assert row["loss"] == approx(float(nats + 0.7 / 2 * noise(3, 6).square().sum()), rel=1e-5)
-    assert cnn.penalty(cnn.CNN(1, 3)) == 0
-    # Trained, it is where the gradient of loss and cost vanishes: a logistic regression.
+    nats = -(q * (x @ weight.T).log_softmax(1)).sum(1).mean()
+    cost = 0.7 / 2 * weight.square().sum()
+    assert row["loss"] == approx(float(nats + cost), rel=1e-5)
+
+
+def test_a_trained_classifier_of_features_is_a_logistic_regression():
     x = noise(90, 100)
     q = one_hot((x[:, :3] + noise(90, 3, seed=1)).argmax(1), 3)
     model, rows = cnn.train(x, q, steps=800)
     list(rows)
     slope = (cnn.predict(model, x).softmax(1) - q).T @ x / 90 + 0.03 * model.head.weight
-    assert slope.abs().mean() < 0.002
+    assert slope.abs().mean() < 0.002   # the gradient of loss and cost vanishes
 
 
 def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_ends():
@@ -5856,7 +4730,6 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
     def decode(z):
         return 4 * z @ noise(3, 10, seed=2)
 
-    assert len(latent.Gaussian.fit(mu, logvar, y, 3)(mu[:0], logvar[:0])) == 0
     for strategy in hybrids.STRATEGIES:
         made = hybrids.make(where, x, decode, strategy=strategy, count=50, generator=seeded())
         assert torch.equal(made.q, where.posterior(made.points.z)) and len(made.x[0]) == 10
@@ -5873,17 +4746,6 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
     bent = line - straight + decode(points.z)
     close(made, torch.where(decoded[:, None], bent, line), atol=1e-4, rtol=0)
     assert made.min() < -5 and made.max() > 5
-
-    # A mixer does the same of a batch: by hand, its random numbers in this order.
-    g = seeded()
-    mixed, q = hybrids.HybridMixer(lambda _: (mu, logvar), decode, where.posterior,
-                                   generator=seeded())(x, y)
-    j = hybrids.partners(y, torch.arange(40), 0.3, g)
-    t = hybrids.random_weights(40, 4, "cpu", g)
-    decoded = torch.rand(40, generator=g) < 0.5
-    points = hybrids.interpolate(mu, torch.arange(40), j, t, decoded)
-    close(mixed, hybrids.render(points, where, x, decode))
-    close(q, hybrids.label("product", points, where))
 
 
 @pytest.fixture(scope="session")
@@ -5934,24 +4796,20 @@ def test_features_are_made_once_and_kept_in_parts(visit, monkeypatch):
         if done == 30:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common.Progress, "__call__", stop)
-        with pytest.raises(KeyboardInterrupt):
-            features()
+        features()
     data, made, shown = features()      # the two parts that were finished are kept
     assert shown == 30 + 48 and len(made) == 68 and made.dtype == torch.half
     close(made.float(), oracle(Path("photos", name) for name in data.names), atol=1e-3, rtol=0)
     assert features()[2] == 0 and not unfinished(Path("new"))
 
     parts = sorted(Path("new").glob("features-*.npz"), key=os.path.getmtime)
-    assert len(parts) == 7
     parts[0].write_bytes(parts[0].read_bytes()[:-30])   # a damaged one is made anew
     _, again, shown = features()
     assert shown == 10 and torch.equal(again, made)
     album("photos", each=2, seed=1)                     # new pictures, and only these
     assert features()[2] == 4
-    Image.new("RGB", (40, 40), "red").save("photos/cat/0-0.png")
-    assert features()[2] == 1
     Path("net.py").write_text(CHANGED)
     assert features()[2] == 72
 
@@ -5968,23 +4826,20 @@ def test_a_backbones_file_runs_only_when_it_is_named(visit, undrawn, capsys):
 
 def test_every_hybrid_is_shown_beside_the_two_nearest_photographs(visit, monkeypatch):
     made = read("out/hybrids.pt")
-    painted = vae.decode_all(vae.restore(read("out/vae.pt")["painter"]), made["z"])
-    close(made["images"].float(), 255 * painted, atol=0.51, rtol=0)
     sheets = []
     monkeypatch.setattr(hybrids, "gallery", lambda *words, **_: sheets.append(words[1:3]))
     data = dataset("photos", "out")
     saved = read("out/latent.pt")
-    mu = saved["mu"]
-    rows = (made["q"].amax(1) < 0.9).nonzero()[:14, 0]
-    q = made["q"][rows].index_fill(0, torch.arange(2), 1.0)     # not mixed: they are left out
-    few = hybrids.Hybrids(made["features"][rows], q, hybrids.Points(made["z"][rows]))
+    rows = (made["q"].amax(1) < 0.9).nonzero()[:12, 0]
+    few = hybrids.Hybrids(made["features"][rows], made["q"][rows],
+                          hybrids.Points(made["z"][rows]))
     hybrids.draw_features(data, few, made["images"][rows], latent.Codes.restore(saved),
                           saved["q"], data.classes)
     (images, shares), = sheets
     photographs = torch.stack([common.square(data.original(row), 96) for row in saved["rows"]])
-    for k, z in enumerate(few.points.z[2:]):
-        assert torch.equal(shares[3 * k], q[2 + k])
-        distance = (mu - z).norm(dim=1)
+    for k, z in enumerate(few.points.z):
+        assert torch.equal(shares[3 * k], few.q[k])
+        distance = (saved["mu"] - z).norm(dim=1)
         for j in (1, 2):
             place, = (photographs == images[3 * k + j]).flatten(1).all(1).nonzero()[:, 0]
             close(distance[place], distance.sort()[0][j - 1], atol=0.02, rtol=0)
@@ -6015,15 +4870,7 @@ def test_scripts_on_features_make_what_is_compared(few, loose, visit, undrawn, c
     source = ["--dataset", "photos", "--backbone", "net.py", "--latent-dim", 4]
     out = Path("out")
     if loose is not None:               # features of its own
-        file = with_features(Path("own.npz"), loose)
-        arrays = np.load(file)
-        data = dataset(file, "x")
-        parts = [arrays[key] for key in ("f_train", "f_unlabelled", "f_test") if key in arrays]
-        kept = np.concatenate([data.features, data.test_features])
-        assert (kept == np.concatenate(parts)).all()
-        other = with_features(Path("other.npz"), loose, f_test=arrays["f_test"] + 1)
-        assert dataset(other, "y").fingerprint != data.fingerprint
-        source = ["--dataset", file]
+        source = ["--dataset", with_features(Path("own.npz"), loose)]
         out = Path("own")
         assert run("vae", *source, "-o", out, few, 12, "--seed", 3, "--steps", 30) == 0
         assert run("latent", "-o", out) == run("hybrids", "-o", out) == 0
@@ -6033,17 +4880,28 @@ def test_scripts_on_features_make_what_is_compared(few, loose, visit, undrawn, c
         assert "the features came with own; of a new picture there are none" in line
     assert run("compare", *source, "-o", "grid", "--sizes", 12, "--seeds", 1, "--seed", 3,
                "--steps", 60, "--vae-steps", 30, "--jobs", 1) == 0
-    rows = json.loads(Path("grid/compare.json").read_text())["rows"]
+    rows = facts_of(Path("grid"), "compare")["rows"]
     spread_to = [row["arm"] for row in rows if row["sources"] > 12]
     wanted = ["real+hybrid", "pseudo-labels", "mixup+pseudo"] if few == "--labels" else []
     assert spread_to == wanted and len(rows) == 2 + max(len(wanted), 1)
     for arm in ("real+hybrid", "real"):
         if arm == "real":
             assert run("cnn", "-o", out, "--steps", 60, "--hybrid-fraction", 0) == 0
-        metrics = json.loads((out / "cnn.json").read_text())["metrics"]
+        metrics = facts_of(out, "cnn")["metrics"]
         row, = [row for row in rows if row["arm"] == arm]
         assert all(metrics[key] == row[key] for key in ("accuracy", "nll"))
         assert row["accuracy"] > 0.8
+
+
+def test_features_of_a_file_are_known_by_their_content(tmp_path):
+    file = with_features(tmp_path / "own.npz", 30)
+    arrays = np.load(file)
+    data = dataset(file, tmp_path / "x")
+    parts = [arrays[key] for key in ("f_train", "f_unlabelled", "f_test")]
+    kept = np.concatenate([data.features, data.test_features])
+    assert (kept == np.concatenate(parts)).all()
+    other = with_features(tmp_path / "other.npz", 30, f_test=arrays["f_test"] + 1)
+    assert dataset(other, tmp_path / "y").fingerprint != data.fingerprint
 
 
 def test_work_on_pixels_and_on_several_networks_is_kept_apart(visit, undrawn, capsys):
@@ -6052,13 +4910,11 @@ def test_work_on_pixels_and_on_several_networks_is_kept_apart(visit, undrawn, ca
             "--jobs", 1]
     assert run(*grid) == run(*grid, "--backbone", "net.py") == 0
     assert run("deform", *words) == 0   # of the pixels, too: a VAE of features does not mind
-    train = ["vae", *words, "--backbone", "net.py", "--steps", 3, "--resume"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(common, "save", None)             # it ends before the work is finished
-        run(*train)
+    train = [*words, "--backbone", "net.py", "--steps", 3]
+    interrupted(Path("other"), "vae", 1, *train)
     Path("net.py").write_text(CHANGED)
     capsys.readouterr()
-    assert run(*train) == 0
+    assert run("vae", *train, "--resume") == 0
     said = capsys.readouterr().err
     assert re.search(r"vae.last.pt is not resumed \(backbone \w{16}, now \w{16}\)", said)
     assert "the network sees grey pictures in three equal channels" in said
@@ -6074,16 +4930,15 @@ def test_a_network_by_its_name_with_its_own_preprocessing_and_where_its_file_bel
     weights = models.get_model_weights(name).DEFAULT
     place = tmp_path / "hub" / "checkpoints" / Path(weights.url).name
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)        # no connection
-    words = ["-o", "out", "--backbone", name]
-    assert run("vae", *words) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert f"{place} is missing" in said and f"put the file of {weights.url} there" in said
+    words = ["vae", "-o", "out", "--backbone", name]
+    line = last_line(capsys, *words)
+    assert f"{place} is missing" in line and f"put the file of {weights.url} there" in line
     place.write_bytes(b"half of it")
-    assert f"{place} is damaged" in mistake(capsys, "vae", *words)
+    assert f"{place} is damaged" in mistake(capsys, *words)
 
     plain = models.mobilenet_v3_small()
     torch.save(plain.state_dict(), place)
-    assert run("vae", *words, "--steps", 3) == 0
+    assert run(*words, "--steps", 3) == 0
     data = dataset("photos", "out", "--backbone", name)
     plain.eval().classifier[3] = torch.nn.Identity()
     pictures = [Image.open(Path("photos", name)) for name in data.names[-10:]]
@@ -6102,25 +4957,16 @@ BAD = "vae --backbone bad.py"
     # bad.py, or another net.py; a command; its line.
     (None, BAD, "--backbone bad.py: there is no such file"),
     ("SIZE = 24", BAD, "module 'backbone' has no attribute 'Backbone'" + WANTED),
-    (HEAD.replace("SIZE", "SIDE") + "    pass", BAD, "no attribute 'SIZE'" + WANTED),
     ("import json\n\njson.loads('[1,')", BAD, "bad.py, line 3: JSONDecodeError: "),
     ("SIZE = 24\nclass Backbone(:\n", BAD, "bad.py, line 2: SyntaxError: "),
-    ("SIZE = 24\nclass Backbone:\n    pass", BAD, "bad.py: Backbone is no torch.nn.Module"),
-    (SEES + "x @ torch.zeros(3, 3)", BAD, "bad.py, line 7: RuntimeError: "),
-    (SEES + "(x, x)", BAD, "bad.py: AttributeError: 'tuple' object has no attribute 'shape'"),
     (SEES + "x", BAD, "bad.py makes features (50, 3, 24, 24) of images (50, 3, 24, 24); "),
-    (SEES + "x.flatten(1)[1:]", BAD, "bad.py makes features (49, 1728) of images (50, 3, 24"),
-    (SEES + "x.flatten(1) / 0", BAD, "bad.py makes features that are not finite"),
     (SEES + "torch.ones(len(x), 5)", BAD, "the features of all pictures are the same"),
     (CHANGED, "latent --backbone net.py", "vae.pt is of another network than net.py is now;"),
     (CHANGED, "cnn --backbone net.py --predict photos/cat/0-0.png", "out is of another net"),
     (None, "latent --backbone vgg11", "backbone vgg11: out/vae.pt was made with net.py; make"),
     (None, "latent --image photos/cat/0-0.png", "name the network again: --backbone net.py"),
     (None, "vae --backbone resnt18", "in torchvision.models; did you mean resnet18 or "),
-    (None, "vae --backbone xyz", "no such network in torchvision.models, and no file .py"),
     (None, "deform --backbone net.py", "features do not move: with --backbone begin with vae"),
-    (None, "cnn --augment", "features do not move; leave out --augment and --deform"),
-    (None, "cnn --deform", "features do not move; leave out --augment and --deform"),
     (None, "compare --sizes 12 --arms real cutmix deform", "cannot be cut: no cutmix, deform"),
     (None, "hybrids --cut", "features cannot be cut; leave out --cut")])
 def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, capsys):
@@ -6131,11 +4977,8 @@ def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, 
 
 @pytest.mark.parametrize("changes, line", [
     ({"f_test": None}, "f_test is not of as many images as x_test"),
-    ({"f_train": noise(199, 12).numpy(), "f_test": noise(61, 12).numpy()},
-     "f_train is not of as many images as x_train"),
     ({"f_test": noise(60, 11).numpy()}, "along dimension 1"),
-    ({"f_test": np.full((60, 12), np.nan)}, "features of shape (260, 12), or NaN"),
-    ({"f_train": np.zeros(200), "f_test": np.zeros(60)}, "features of shape (260,), or NaN")])
+    ({"f_test": np.full((60, 12), np.nan)}, "features of shape (260, 12), or NaN")])
 def test_wrong_features_of_a_file_end_in_one_line(changes, line, tmp_path, capsys):
     file = with_features(tmp_path / "own.npz", **changes)
     assert line in mistake(capsys, "vae", "--dataset", file, "-o", tmp_path / "out")
