@@ -203,36 +203,22 @@ def drop_output():
 
 # ---- a run: which images, its folder, device and arithmetic ---------------------------------
 
-@dataclass
-class Run:
-    """One run of one script: where it works, how it computes, which images it is about."""
-    script: str
-    out: Path
-    device: torch.device
-    amp: bool                           # bfloat16 where autocast allows it
-    quiet: bool
-    cores: int                          # threads that torch would take by itself
-    settings: dict                      # every flag that can change a result
-    changed: dict                       # those that differ from their defaults
-    # Which images, None where that was not said; `settle` decides.
-    dataset: str
-    data_dir: str
-    image_size: int
-    labels: int
-    labels_from: str
-    skip_damaged: bool
-    images: int
-    seed: int
-    backbone: str
-    record: dict = field(default_factory=dict)  # facts of the data set that OUT is of
-    source: str = ""                    # the stem of the file that says so
-    bound: bool = False                 # does this script build on that file?
-    binding: tuple = ("image_size", "labels", "backbone", "images", "seed")     # by it
-    lock: io.IOBase = None
+class Run(argparse.Namespace):
+    """One run of one script: its flags, and what `start` makes of them.
+
+    `settings` are the flags that can change a result, `changed` those that differ from their
+    defaults, `cores` the threads that torch would take by itself.
+    """
+    images = None                       # compare.py has no such flag
+    record = {}                         # facts of the data set that OUT is of
+    source = ""                         # the stem of the file that says so
+    bound = False                       # does this script build on that file?
+    binding = ["image_size", "labels", "backbone", "images", "seed"]        # by it
+    lock = None
 
     @property
     def which(self) -> dict:
-        """The settings that say which images."""
+        """The settings that say which images; None where that was not said."""
         return {key: getattr(self, key) for key in WHICH}
 
     def release(self):
@@ -245,24 +231,23 @@ class Run:
 
 def start(args) -> Run:
     """Settle which images, threads, device and arithmetic; make the working directory."""
-    out = args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
-    trains = args.script in ("vae.py", "cnn.py")
-    require(RANKS == 1 or trains or args.script == "compare.py", "start without torchrun")
-    cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
-    torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    amp = bfloat16_is_fast(device) if args.amp is None else args.amp
-    which = {key: args.settings.get(key) for key in WHICH}
-    run = Run(args.script, out, device, amp, args.quiet, cores, args.settings, args.changed,
-              **which)
+    args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
+    run = Run(**vars(args))
+    trains = run.script in ("vae.py", "cnn.py")
+    require(RANKS == 1 or trains or run.script == "compare.py", "start without torchrun")
+    run.cores = torch.get_num_threads()         # or OMP_NUM_THREADS; torchrun sets it to 1
+    torch.set_num_threads(run.threads)
+    run.device = choose_device(run.device)
+    if run.amp is None:
+        run.amp = bfloat16_is_fast(run.device)
     settle(run)
     run.settings.update(run.which)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.writes and RANK == 0:       # torchrun's ranks are one run
-        run.lock = lock_folder(out)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if run.writes and RANK == 0:        # torchrun's ranks are one run
+        run.lock = lock_folder(run.out)
     if RANKS > 1 and trains:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
-        card_each = device.type == "cuda" and torch.cuda.device_count() >= here
+        card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
         torch.distributed.init_process_group("nccl" if card_each else "gloo")
     return run
 
@@ -319,11 +304,11 @@ def command_for(run: Run, stem: str, **changes) -> str:
     changed = run.changed
     if f"{stem}.py" != run.script:
         changed = record_of(run.out, stem).get("changed", {})
-    words = ["python", f"{stem}.py"]
-    which = run.which
+    settings = {**changed, **run.which, **changes}
     if run.script == "compare.py" and run.record:       # which has subsets of its own
-        which = {**which, "seed": run.record["which"]["seed"]}
-    for key, value in {**changed, **which, **changes}.items():
+        settings["seed"] = run.record["which"]["seed"]
+    words = []
+    for key, value in settings.items():
         flag = key.replace("_", "-")
         if value == WHICH.get(key):
             continue
@@ -331,7 +316,7 @@ def command_for(run: Run, stem: str, **changes) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, np.ravel(value))]          # of a list all
-    return shlex.join([*words, "-o", str(run.out)])
+    return shlex.join(["python", f"{stem}.py", *words, "-o", str(run.out)])
 
 
 def lock_folder(out):
@@ -350,13 +335,14 @@ def lock_folder(out):
 
 def choose_device(name):
     """The device that --device names; on a machine of several cards the rank's own."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
+        name = "cuda" if there["cuda"] else "cpu"
+    require(there[name], f"--device {name}: there is none here; use --device cpu")
+    if name == "cuda":
         card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        return torch.device(name, card)
-    require(name == "cpu" or name == "mps" and torch.backends.mps.is_available(),
-            f"--device {name}: there is none here; use --device cpu")
+        name = f"cuda:{card}"
     return torch.device(name)
 
 
@@ -778,37 +764,36 @@ def folder_dataset(root, run):
     root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
     """
     samples = find_samples(root)
-    files = {file for _, file, _ in samples}
-    others = [file for file in files_below(root) if file not in files]
+    others = [file for file in files_below(root) if file not in samples]
     kinds = Counter(file.suffix.lower() or "others" for file in others)
     words = [f"{count:,} {kind}" for kind, count in kinds.items()]
     remarks = [f"left out: {', '.join(words)}"] if words else []
-    pixels, white, more_remarks = read_pictures([file for _, file, _ in samples], root, run)
-    samples = [sample for sample in samples if sample[1] in pixels]
-    require(samples, f"{root}: no pictures")
+    pixels, white, more_remarks = read_pictures(samples, root, run)
+    require(pixels, f"{root}: no pictures")
 
-    names = {file: readable(file.relative_to(root).as_posix()) for _, file, _ in samples}
-    if "test" not in [part for part, _, _ in samples]:
+    parts, labels = map(list, zip(*[samples[file] for file in pixels]))
+    names = [readable(file.relative_to(root).as_posix()) for file in pixels]
+    if "test" not in parts:
         # The fifth does not depend on --seed: what tests stays what tests.
-        training = [label if part == "train" else "" for part, _, label in samples]
-        for row in set_aside(training, list(names.values()), 0.2).tolist():
-            samples[row] = ("test", *samples[row][1:])
-    samples.sort(key=lambda sample: ORDER.index(sample[0]))
-    parts, files, labels = zip(*samples)
-    images = torch.from_numpy(np.stack([pixels[file] for file in files]))
-    return assemble(name_of(root), images, np.array(labels), parts,
-                    [names[file] for file in files], None, run.image_size, white,
-                    remarks + more_remarks, files)
+        training = [label if part == "train" else "" for part, label in zip(parts, labels)]
+        for row in set_aside(training, names, 0.2).tolist():
+            parts[row] = "test"
+    lines = zip(parts, labels, names, pixels.items())
+    lines = sorted(lines, key=lambda line: ORDER.index(line[0]))
+    parts, labels, names, pictures = zip(*lines)
+    files, images = zip(*pictures)
+    return assemble(name_of(root), torch.from_numpy(np.stack(images)), np.array(labels), parts,
+                    names, None, run.image_size, white, remarks + more_remarks, files)
 
 
-def find_samples(root):
-    """(part, file, class) of each picture below a folder; the class is "" if it has none."""
-    samples = []
+def find_samples(root) -> dict:
+    """{file: (part, class)} of the pictures below a folder; the class is "" if it has none."""
+    samples = {}
     for part, folder in find_parts(root).items():
         if part == "unlabelled":
-            samples += [(part, file, "") for file in pictures_in(folder)]
+            samples |= {file: (part, "") for file in pictures_in(folder)}
         else:
-            samples += class_samples(folder, part)
+            samples |= class_samples(folder, part)
     return samples
 
 
@@ -837,14 +822,14 @@ def hinted_part(name) -> str | None:
     return None
 
 
-def class_samples(folder, part):
-    """(part, file, class) of each picture in a folder of classes."""
-    samples = []
+def class_samples(folder, part) -> dict:
+    """{file: (part, class)} of the pictures in a folder of classes."""
+    samples = {}
     classes = subfolders(folder)
     for path in subfolders(folder):
         if part == "train" and PARTS.get(path.name.lower()) == "unlabelled":
             classes.remove(path)
-            samples += [("unlabelled", file, "") for file in pictures_in(path)]
+            samples |= {file: ("unlabelled", "") for file in pictures_in(path)}
     require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each; if "
             f"{folder.name} is a class, call it otherwise")
     require(len(classes) > 1 or not subfolders(classes[0]), f"{folder}: all is in "
@@ -856,7 +841,7 @@ def class_samples(folder, part):
         files = pictures_in(path)
         require(files, f"{folder}: no pictures in {path.name}/; remove it, or add some "
                 f"({' '.join(IMAGE_FILES)})")
-        samples += [(part, file, readable(path.name)) for file in files]
+        samples |= {file: (part, readable(path.name)) for file in files}
     return samples
 
 
@@ -889,33 +874,31 @@ def files_below(folder):
 
 def read_pictures(files, root, run):
     """-> {file: uint8 (3,side,side)} of all that can be read, their white level, remarks."""
-    side = run.image_size
-    marks = {file: mark_of(file, root) for file in files}
-    file_of = {mark: file for file, mark in marks.items()}
+    file_of = {mark_of(file, root): file for file in files}
+    marks = list(file_of)
 
-    def find_peaks(missing):
-        for mark in missing:
-            with contextlib.suppress(Mistake):          # the damaged are named below
-                yield mark, np.array(deep_peak(file_of[mark]))
+    def ask(question, some):
+        """{mark: answer} of those of some pictures that are not damaged."""
+        answers = {}
+        for mark in some:
+            with contextlib.suppress(Mistake):          # which are named below
+                answers[mark] = question(file_of[mark])
+        return answers
 
-    def read_images(missing):
-        for mark in missing:
-            with contextlib.suppress(Mistake):
-                yield mark, read_image(file_of[mark], (side, side), white)
-
-    peaks = cached(run, "peaks", list(file_of), find_peaks)
-    found = np.array([peaks[mark] for mark in file_of if mark in peaks] or [(0, True)])
+    peaks = cached(run, "peaks", marks, functools.partial(ask, deep_peak))
+    found = np.array([(0, True), *peaks.values()])
     white, remarks = white_of(found[:, 0].max(), found[:, 1].all(), source=f"{root}: ")
-    pixels = cached(run, f"images-{side}-{white}", list(file_of), read_images)
+    read = functools.partial(read_image, size=(run.image_size, run.image_size), white=white)
+    kind = f"images-{run.image_size}-{white}"
+    kept = cached(run, kind, marks, functools.partial(ask, read))
     damaged = [file.relative_to(root).as_posix()
-               for file, mark in marks.items() if mark not in pixels]
+               for mark, file in file_of.items() if mark not in kept]
     if damaged:
         words = f"{len(damaged):,} pictures that cannot be read: {', '.join(damaged)}"
         require(run.skip_damaged, f"{root}: {words}; mend or remove them, or go on without "
                 "them with --skip-damaged")
         remarks.append(f"left out: {words}")
-    kept = {file: pixels[mark] for file, mark in marks.items() if mark in pixels}
-    return kept, white, remarks
+    return {file_of[mark]: pixels for mark, pixels in kept.items()}, white, remarks
 
 
 def mark_of(file, root) -> str:
@@ -1006,7 +989,7 @@ def read_like(path, facts: dict):
 
 # ---- features: what a pretrained network sees in the pictures -------------------------------
 
-PART = 500                              # results that are kept in one file
+PART = 50                               # pictures that are seen, and kept, together
 
 
 class Backbone:
@@ -1091,25 +1074,21 @@ def add_features(run, data):
     """Give a data set the features of its pictures: those that OUT keeps, and missing ones."""
     if run.backbone is None or data.features is not None:
         return
+    backbone = functools.cache(functools.partial(named_backbone, run))      # when it is asked
     mark = run.record.get("backbone")
-    backbone = None
     if mark is None or "backbone" in run.changed:
-        backbone = named_backbone(run)
-        require(not run.bound or backbone.mark == mark, f"{run.out}/{run.source}.pt is of "
+        require(not run.bound or backbone().mark == mark, f"{run.out}/{run.source}.pt is of "
                 f"another network than {run.backbone} is now; make it again with: "
                 f"{command_for(run, run.source)}; or give another -o")
-        mark = backbone.mark
+        mark = backbone().mark
     images = [*data.images.numpy(), *data.test_images.numpy()]
     keys = [fingerprint(name.encode() + image.tobytes())
             for name, image in zip(data.names, images)]
     row_of = {key: row for row, key in enumerate(keys)}
 
-    def look(missing):
-        network = backbone or named_backbone(run)
-        for first in range(0, len(missing), 50):
-            some = missing[first:first + 50]
-            pictures = [data.original(row_of[key]) for key in some]
-            yield from zip(some, network(pictures).numpy())
+    def look(some):
+        pictures = [data.original(row_of[key]) for key in some]
+        return dict(zip(some, backbone()(pictures).numpy()))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
@@ -1195,29 +1174,26 @@ def unit_length(features):
 
 
 def cached(run, name: str, keys: list, make) -> dict:
-    """{key: array} of all keys that OUT keeps under a name, or that make(missing keys) yields.
+    """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
 
-    Files hold PART of them each, so that an interruption loses nothing, and a crash little.
+    These are made and kept PART at a time: an interruption loses little.
     """
-    known = {}
-    for path in run.out.glob(f"{name}-*.npz"):
-        with contextlib.suppress(Exception):            # a damaged part is made anew
+    folder = run.out / "cache" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(Exception):            # a damaged file is made anew
             with np.load(path) as file:
-                known.update(zip(file["keys"].tolist(), file["values"]))
-    missing = [key for key in keys if key not in known]
-    made = make(missing)
-    progress = Progress(len(missing), name.split("-")[0], run.quiet)
+                kept.update(zip(file["keys"].tolist(), file["values"]))
+    missing = [key for key in keys if key not in kept]
+    progress = Progress(len(missing), name, run.quiet)
     for start in range(0, len(missing), PART):
-        part = {}
-        try:
-            part.update(itertools.islice(made, PART))
-        finally:
-            if part:
-                path = run.out / f"{name}-{next(iter(part))}.npz"
-                write(path, {"keys": list(part), "values": list(part.values())})
-        known.update(part)
+        made = make(missing[start:start + PART])
+        content = {"keys": list(made), "values": list(made.values())}
+        write(folder / f"{missing[start]}.npz", content)
+        kept.update(made)
         progress(min(start + PART, len(missing)))
-    return known
+    return {key: kept[key] for key in keys if key in kept}
 
 
 def normalised(features, mean, scale: float):
@@ -1233,40 +1209,38 @@ def set_aside(labels: list, names: list, share: float, least=2, last=False) -> T
     The hashes of their names pick them, the smallest or the `last` ones: so a new image moves
     at most one other. Rows of the label -1 or "" belong to no class.
     """
-    def key(row):
-        return hashlib.sha256(names[row].encode()).digest()
-
+    hashes = [fingerprint(name.encode()) for name in names]
     rows = []
     for c in set(labels) - {-1, ""}:
         mine = [row for row, label in enumerate(labels) if label == c]
-        mine.sort(key=key, reverse=last)
+        mine.sort(key=hashes.__getitem__, reverse=last)
         if len(mine) >= least:
             rows += mine[:max(round(len(mine) * share), 1)]
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def subset(data: Dataset, n: int, seed: int, subsets=10) -> Tensor:
+def subset(data: Dataset, n: int, seed: int) -> Tensor:
     """n rows with a label, equally many a class to within one; a smaller n is in a larger one.
 
-    Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class: they
-    share no image while each class gives at most 1/subsets of its images.
+    Ten seeds, as 0 to 9, begin at even distances in one shuffled order of each class: they
+    share no image while each class gives at most a tenth of its images.
     """
     rows = data.labelled().cpu()
     require(n <= len(rows),
             f"{n} images asked for; there are {len(rows)} besides validation images")
-    generator = torch.Generator().manual_seed(seed // subsets)
+    generator = torch.Generator().manual_seed(seed // 10)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     y = data.labels.cpu()[rows]
     parts = []
     for c in y.unique():
         part = rows[y == c]
-        parts.append(part.roll(-(seed % subsets) * len(part) // subsets))
+        parts.append(part.roll(-(seed % 10) * len(part) // 10))
     if n < len(parts):                  # not the first classes every time
-        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(parts), generator=generator.manual_seed(seed))
         parts = [parts[c] for c in order]
-    places = [torch.arange(len(part)) for part in parts]
     # The first of each class, then the second of each, and so on.
-    turn = torch.cat(places).argsort(stable=True)
+    places = torch.cat([torch.arange(len(part)) for part in parts])
+    turn = places.argsort(stable=True)
     return torch.cat(parts)[turn][:n].to(data.labels.device)
 
 
@@ -1312,7 +1286,6 @@ def with_labels(data: Dataset, n: int, seed: int, judged=False) -> Dataset:
 def correct_labels(data, file):
     """Give images the labels that a table has for them in its column new_label."""
     rows = {name: row for row, name in enumerate(data.names)}
-    numbers = {name: c for c, name in enumerate(data.classes)}
     labels = torch.cat([data.labels, data.test_labels])
     # A picture that was moved into the folder of its class has that label by now.
     placed = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
@@ -1326,13 +1299,14 @@ def correct_labels(data, file):
         require(of == data.name, f"{file}: {image} is an image of {of}, not of {data.name}")
         require(given.setdefault(image, name) == name,
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
-        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
-                f"are {', '.join(data.classes[:20])}")
-        require(image in rows or (Path(image).name, numbers[name]) in placed,
+        require(name in data.classes, f"{file}: {image} is given the class {name!r}; the "
+                f"classes are {', '.join(data.classes[:20])}")
+        label = data.classes.index(name)
+        require(image in rows or (Path(image).name, label) in placed,
                 f"{file}: {data.name} has no image {image!r}; they are called "
                 f"{data.names[0]} and so on, see latent.csv")
         if image in rows:
-            labels[rows[image]] = numbers[name]
+            labels[rows[image]] = label
     require(given, f"{file}: no line has a new label; write some into its column new_label")
     data.labels, data.test_labels = data.split(labels)
     data.remarks.append(f"{len(given):,} labels are those of {file}")
@@ -1514,28 +1488,24 @@ def ranking(q, classes) -> str:
 # ---- progress and unfinished work -----------------------------------------------------------
 
 class Progress:
-    """What is done, and the time left, a line a call."""
+    """What is done, and the time left: a line a second at most."""
 
-    def __init__(self, total, what, quiet=False, done=0, log: Path = None):
+    def __init__(self, total, what, quiet=False, done=0):
         self.total = total
         self.what = what
         self.quiet = quiet
-        self.log = log
         self.first = done
         self.start = time.monotonic()
-        if log and not done:
-            log.write_text("")
+        self.said = -1.0
 
-    def __call__(self, done, words="", **row):
-        if self.log:                    # rates and times, which differ from run to run
-            with self.log.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-        if self.quiet:
+    def __call__(self, done, words=""):
+        now = time.monotonic()
+        if self.quiet or now < self.said + 1 and done < self.total:
             return
-        spent = time.monotonic() - self.start
-        left = spent / max(done - self.first, 1) * (self.total - done)
-        when = timedelta(seconds=round(left))
-        say(f"{self.what} {done:,}/{self.total:,}  {words}  {when} left")
+        self.said = now
+        rate = (now - self.start) / max(done - self.first, 1)
+        left = timedelta(seconds=round(rate * (self.total - done)))
+        say(f"{self.what} {done:,}/{self.total:,}  {words}  {left} left")
 
 
 class Checkpoint:
@@ -1547,6 +1517,7 @@ class Checkpoint:
 
     def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
         self.path = run.out / f"{name}.last.pt"
+        self.log = run.out / f"{name}.log.jsonl"        # rates, which differ from run to run
         self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
                       "device": run.device.type, "data": data.fingerprint,
                       "backbone": data.backbone,
@@ -1557,8 +1528,12 @@ class Checkpoint:
         self.history = []
         if RANK == 0 and self.path.exists():
             self.take_up(resume)
-        done = self.history[-1]["step"] if self.history else 0
-        self.progress = Progress(steps, name, run.quiet, done, run.out / f"{name}.log.jsonl")
+        done = 0
+        if self.history:
+            done = self.history[-1]["step"]
+        else:
+            self.log.write_text("")
+        self.progress = Progress(steps, name, run.quiet, done)
 
     def take_up(self, resume):
         """Go on from the file, if it fits; else keep it under another name."""
@@ -1582,9 +1557,11 @@ class Checkpoint:
 
     def keep(self, row: dict, words: str):
         """Report a row of training, add it to the history, write all of it down."""
-        rate = row.pop("images_per_second")             # it differs from run to run
+        rate = row.pop("images_per_second")
         self.state = row.pop("state")
-        self.progress(row["step"], f"{words}  {rate:,.0f} images/s", images_per_second=rate)
+        self.progress(row["step"], f"{words}  {rate:,.0f} images/s")
+        with self.log.open("a") as file:
+            print(json.dumps({"step": row["step"], "images_per_second": rate}), file=file)
         self.history.append(row)
         write(self.path, {"facts": self.facts, "state": self.state, "history": self.history})
 

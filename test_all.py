@@ -3002,11 +3002,11 @@ def reads(monkeypatch):
     """The pictures that are decoded; where there is a number in front, ^C after so many."""
     names = []
 
-    def spy(path, *words, true=common.read_image):
+    def spy(path, true=common.read_image, **how):
         if names and names[0] == len(names):
             raise KeyboardInterrupt
         names.append(f"{path.parent.name}/{path.name}")
-        return true(path, *words)
+        return true(path, **how)
 
     monkeypatch.setattr(common, "read_image", spy)
     return names
@@ -3016,6 +3016,7 @@ def test_a_picture_is_decoded_once_and_again_when_it_has_changed(tmp_path, reads
                                                                  monkeypatch):
     monkeypatch.setattr(common, "FEW", 10)
     root = noisy(tmp_path / "zoo", per_class=13)
+    monkeypatch.setattr(common, "PART", 1)
     reads.append(8)
     with pytest.raises(KeyboardInterrupt):
         dataset(root, tmp_path)
@@ -3075,9 +3076,9 @@ def test_what_is_kept_is_not_believed_against_the_pictures(tmp_path, change):
     elif change in ("darker", "fewer"):
         (bright if change == "darker" else root / "fish" / "0.png").unlink()
     elif change == "damaged":
-        change_a_bit(next(tmp_path.glob("images-*.npz")), -3000)
+        change_a_bit(next(tmp_path.glob("cache/images-*/*.npz")), -3000)
     else:
-        np.savez(next(tmp_path.glob("images-*.npz")), images=np.zeros((12, 3, 16, 16)))
+        np.savez(next(tmp_path.glob("cache/images-*/*.npz")), images=np.zeros((12, 3, 16, 16)))
     assert dataset(root, tmp_path).fingerprint == dataset(root, tmp_path / "new").fingerprint
 
 
@@ -5962,7 +5963,7 @@ def test_features_are_made_once_and_kept_in_parts(visit, monkeypatch):
     close(made.float(), oracle(Path("photos", name) for name in data.names), atol=1e-3, rtol=0)
     assert features()[2] == 0 and not unfinished(Path("new"))
 
-    parts = sorted(Path("new").glob("features-*.npz"), key=os.path.getmtime)
+    parts = sorted(Path("new").glob("cache/features-*/*.npz"), key=os.path.getmtime)
     assert len(parts) == 7
     parts[0].write_bytes(parts[0].read_bytes()[:-30])   # a damaged one is made anew
     _, again, shown = features()
