@@ -613,7 +613,7 @@ def command(run, args):
                    common.legible(data.classes))
     common.write(run.out / "cnn.png", picture)
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
-                model=model.cpu().state_dict(), **inputs.fields())
+                model=model.cpu().state_dict(), **inputs.normal)
     if guesses:
         print(f"{guesses:,} images with a label that was spread, beside:")
     average = (5 * share[0] + 3 * share[1]) / 8         # of hybrids, over the training

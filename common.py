@@ -233,8 +233,6 @@ def start(args) -> Run:
     """Settle which images, threads, device and arithmetic; make the working directory."""
     args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
     run = Run(**vars(args))
-    trains = run.script in ("vae.py", "cnn.py")
-    require(RANKS == 1 or trains or run.script == "compare.py", "start without torchrun")
     run.cores = torch.get_num_threads()         # or OMP_NUM_THREADS; torchrun sets it to 1
     torch.set_num_threads(run.threads)
     run.device = choose_device(run.device)
@@ -245,7 +243,7 @@ def start(args) -> Run:
     run.out.mkdir(parents=True, exist_ok=True)
     if run.writes and RANK == 0:        # torchrun's ranks are one run
         run.lock = lock_folder(run.out)
-    if RANKS > 1 and trains:
+    if RANKS > 1 and run.script != "compare.py":        # ranks that train one model
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
         torch.distributed.init_process_group("nccl" if card_each else "gloo")
@@ -260,35 +258,30 @@ def name_of(spec) -> str:
 def settle(run):
     """Decide which images: as the flags say, else as the folder does, else as by default.
 
-    What a file says that the script builds on cannot be contradicted.
-    """
-    run.record, run.source, run.bound = folder_record(run)
-    known = run.record.get("which", {})
-    given = {key: value for key, value in run.which.items() if value is not None}
-    inherited = known if run.bound or run.dataset is None else {}
-    vars(run).update({**WHICH, **inherited, **given})
-    if run.script == "compare.py":      # it draws many subsets, and from any seed on
-        run.binding = run.binding[:3]
-    for key in run.binding if run.bound else []:
-        require(run.which[key] == known[key], f"{key} {run.which[key]}: {run.out}/{run.source}"
-                f".pt was made with {known[key]}; make it again with: "
-                f"{command_for(run, run.source)}; or give another -o")
-
-
-def folder_record(run):
-    """-> facts of the data set that OUT is of, the stem of their file, whether that binds.
-
-    What a script builds on binds it; its own files, and later ones, it may make anew.
+    What a file says that the script builds on cannot be contradicted; its own files, and
+    later ones, it may make anew.
     """
     stem = Path(run.script).stem
     upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
     if stem == "vae" and run.backbone:  # features do not move
         upstream = []
-    for other in [*upstream, *STEMS]:
-        record = record_of(run.out, other)
+    for source in [*upstream, *STEMS]:
+        record = record_of(run.out, source)
         if record:
-            return record["dataset"], other, other in upstream
-    return {}, stem, False
+            run.record = record["dataset"]
+            run.source = source
+            run.bound = source in upstream
+            break
+    known = run.record.get("which", {})
+    given = {key: value for key, value in run.which.items() if value is not None}
+    inherited = known if run.bound or run.dataset is None else {}
+    vars(run).update({**WHICH, **inherited, **given})
+    if stem == "compare":               # it draws many subsets, and from any seed on
+        run.binding = run.binding[:3]
+    for key in run.binding if run.bound else []:
+        require(run.which[key] == known[key], f"{key} {run.which[key]}: {run.out}/{run.source}"
+                f".pt was made with {known[key]}; make it again with: "
+                f"{command_for(run, run.source)}; or give another -o")
 
 
 def record_of(out: Path, stem: str) -> dict:
@@ -657,7 +650,7 @@ def as_labels(y):
     y = y.reshape(-1)
     if y.dtype.kind in "US":
         return y.astype(str)
-    require(y.dtype.kind in "buif" and (y % 1 == 0).all() and (y >= -1).all(),
+    require((y % 1 == 0).all() and (y >= -1).all(),
             "labels must be numbers from 0, names, or one-hot rows; -1 or no name is no label")
     return y.astype(np.int64)
 
@@ -688,7 +681,6 @@ def as_images(arrays):
 
 def peak_of(pixels) -> float:
     """The highest of the pixels; 255 for bytes, whatever they use of their range."""
-    require(pixels.dtype.kind in "buif", f"pixels of type {pixels.dtype}; wanted numbers")
     low = float(pixels.min(initial=0))
     high = float(pixels.max(initial=0))
     require(low == 0 and high <= WHITES[-1],
@@ -697,13 +689,11 @@ def peak_of(pixels) -> float:
     return 255.0 if pixels.dtype == np.uint8 and high > 1 else high
 
 
-def white_of(high, whole, least=1, source=""):
+def white_of(high, whole, least=1):
     """The lowest usual white level, `least` or above, that holds pixels up to `high`; remarks.
 
     Floats, not `whole`, may exceed it by a quarter, as scaled images do.
     """
-    require(whole or least > 1 or not 1.25 < high < 25,
-            f"{source}pixels of up to {high:g}; wanted [0, 1] or [0, 255]")
     slack = 1 if whole else 1.25
     for level in WHITES:
         if level >= least and high <= slack * level:
@@ -769,8 +759,6 @@ def folder_dataset(root, run):
     words = [f"{count:,} {kind}" for kind, count in kinds.items()]
     remarks = [f"left out: {', '.join(words)}"] if words else []
     pixels, white, more_remarks = read_pictures(samples, root, run)
-    require(pixels, f"{root}: no pictures")
-
     parts, labels = map(list, zip(*[samples[file] for file in pixels]))
     names = [readable(file.relative_to(root).as_posix()) for file in pixels]
     if "test" not in parts:
@@ -808,8 +796,6 @@ def find_parts(root) -> dict:
         require(len(renames) < 2, f"{root}: are these parts of the data set? then rename "
                 f"{' and '.join(renames.values())}; else call these classes something else")
         return {"train": root}
-    names = "/, ".join(path.name for path in parts.values())
-    require("train" in parts, f"{root}: there is {names}/ but no train/")
     return parts
 
 
@@ -887,7 +873,7 @@ def read_pictures(files, root, run):
 
     peaks = cached(run, "peaks", marks, functools.partial(ask, deep_peak))
     found = np.array([(0, True), *peaks.values()])
-    white, remarks = white_of(found[:, 0].max(), found[:, 1].all(), source=f"{root}: ")
+    white, remarks = white_of(found[:, 0].max(), found[:, 1].all())
     read = functools.partial(read_image, size=(run.image_size, run.image_size), white=white)
     kind = f"images-{run.image_size}-{white}"
     kept = cached(run, kind, marks, functools.partial(ask, read))
@@ -946,7 +932,7 @@ def read_image(path, size, white=65535):
     return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
-def upright(path, white=65535, reach=512):
+def upright(path, white, reach=512):
     """A picture as PIL's RGB image, upright, on white; large JPEGs no smaller than `reach`."""
     from PIL import Image, ImageOps
     with open_picture(path) as picture:
@@ -973,7 +959,7 @@ def square(picture, side):
 def read_like(path, facts: dict):
     """A picture as those of a data set are -> uint8 (1,C,H,W), what was done."""
     channels, height, width = facts["shape"]
-    white, remarks = white_of(*deep_peak(path), facts["white"], f"{path}: ")
+    white, remarks = white_of(*deep_peak(path), facts["white"])
     image = torch.from_numpy(read_image(path, (height, width), white))[None]
     if channels == 1:
         image = to_grey(image)
@@ -1024,14 +1010,12 @@ class Backbone:
 
 def backbone_of_file(spec: str):
     """The network of a file of the user's, and what makes a picture its input."""
-    require(Path(spec).exists(), f"--backbone {spec}: there is no such file")
     about = importlib.util.spec_from_file_location("backbone", spec)
     module = importlib.util.module_from_spec(about)
     with lines_of(spec):
         about.loader.exec_module(module)
         side = int(module.SIZE)
-        network = module.Backbone()
-    require(isinstance(network, torch.nn.Module), f"{spec}: Backbone is no torch.nn.Module")
+        network = module.Backbone().eval()
     return network, functools.partial(square, side=side)
 
 
@@ -1116,9 +1100,9 @@ class Inputs:
     """
 
     def __init__(self, data: Dataset, rows):
-        self.mean = None
         self.images = data.images
         self.test_images = data.test_images
+        self.normal = {}                # by what features are normalised
         if data.features is not None:
             self.images = data.features
             self.test_images = data.test_features
@@ -1126,9 +1110,8 @@ class Inputs:
             mean = sum(unit_length(self.images[part]).sum(0) for part in parts) / len(rows)
             square = sum((unit_length(self.images[part]) - mean).square().sum()
                          for part in parts)
-            require(square > 1e-12 * len(rows), "the features of all pictures are the same")
-            self.mean = mean
-            self.scale = float((square / len(rows) / len(mean)).rsqrt())
+            scale = float((square / len(rows) / len(mean)).rsqrt())
+            self.normal = {"mean": mean, "scale": scale}
 
     def __getitem__(self, rows):
         """Of some training rows: uint8 (n,C,H,W), or float32 (n,F)."""
@@ -1140,11 +1123,7 @@ class Inputs:
 
     def of(self, x):
         """Images as they are; features normalised."""
-        return x if self.mean is None else normalised(x, self.mean, self.scale)
-
-    def fields(self) -> dict:
-        """For files: by what features are normalised."""
-        return {} if self.mean is None else {"mean": self.mean.cpu(), "scale": self.scale}
+        return normalised(x, **self.normal) if self.normal else x
 
 
 def reader(run, saved, mean=None, scale=1.0):
@@ -1327,27 +1306,26 @@ def write(path: Path, content, beside: dict = {}):
     contents = {**beside, path: content}
     with tempfile.TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
         for path, content in contents.items():
-            Path(folder, path.name).write_bytes(as_bytes(content, path.suffix))
+            put(Path(folder, path.name), content)
         for path in contents:
             os.replace(Path(folder, path.name), path)
 
 
-def as_bytes(content, suffix: str):
-    """What a .json, .csv, .png, .npz or .pt file of this content holds."""
-    if suffix == ".json":
-        return json.dumps(content, indent=1, allow_nan=False).encode()
-    if suffix == ".csv":                # a list of lines, each a list of cells
-        text = io.StringIO()
-        csv.writer(text).writerows(content)     # which end in CR LF: so a lone CR is quoted
-        return text.getvalue().encode()
-    buffer = io.BytesIO()
-    if suffix == ".png":
-        content.savefig(buffer, format="png")
-    elif suffix == ".npz":
-        np.savez(buffer, **content)
+def put(path, content):
+    """Write a file as its suffix says."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    elif path.suffix == ".csv":         # a list of lines, each a list of cells
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(content)     # they end in CR LF: a lone CR is quoted
+    elif path.suffix == ".png":
+        content.savefig(path)
+    elif path.suffix == ".npz":
+        np.savez(path, **content)
     else:
+        buffer = io.BytesIO()           # of a full disk torch has errors of its own
         torch.save(content, buffer)
-    return buffer.getbuffer()
+        path.write_bytes(buffer.getbuffer())
 
 
 def columns(first: list, classes: list) -> list:
@@ -1574,7 +1552,7 @@ COLOURS = ("#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 "
 MARKERS = "osD^vP*Xhd"
 
 
-def figure(width=10.0, height=5.0):
+def figure(width, height):
     """A matplotlib Figure by itself: no pyplot, no display. Inches."""
     import matplotlib.figure
     return matplotlib.figure.Figure((width, height), layout="constrained", dpi=130)
@@ -1651,17 +1629,15 @@ def distance_field(font_name: str, digit: str):
     font.set_size(128, 72)              # large: hinting and flattened curves stay out of sight
     font.load_char(ord(digit))
     # Points as complex numbers x + iy; fonts count y upwards and images downwards, hence conj.
-    rings = []
-    for ring in path.Path(*font.get_path()).to_polygons():
-        rings.append(torch.view_as_complex(torch.tensor(ring)).conj())
+    rings = [torch.view_as_complex(torch.tensor(ring)).conj()
+             for ring in path.Path(*font.get_path()).to_polygons()]
     a = torch.cat([ring[:-1] for ring in rings])        # the outline's pieces lead from a to b
     b = torch.cat([ring[1:] for ring in rings])
     moves = a != b                      # a repeated point has no direction: 0 / 0 below
     a, b = a[moves], b[moves]
-    left, right = a.real.aminmax()
-    top, bottom = a.imag.aminmax()
-    middle = torch.complex(left + right, top + bottom) / 2
-    unit = 18 / (bottom - top)          # a digit is 18 pixels high
+    least, most = torch.view_as_real(a).aminmax(dim=0)
+    middle = torch.view_as_complex(least + most) / 2
+    unit = 18 / (most - least)[1]       # a digit is 18 pixels high
     a = ((a - middle) * unit).to(torch.complex64)
     b = ((b - middle) * unit).to(torch.complex64)
 
@@ -1694,9 +1670,8 @@ def draw_glyphs(fields, generator):
     wave = F.interpolate(noise, SIDE, mode="bicubic", align_corners=True)
     grid = grid + 0.05 * wave[:, :2].permute(0, 2, 3, 1)
     depth = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=False)
-    depth = depth[:, 0]
     # Stroke weight is where the distances are cut, edge blur how gently: no morphology.
-    edge = depth + uniform(0.0, 0.7) + 0.2 * wave[:, 2]
+    edge = depth[:, 0] + uniform(0.0, 0.7) + 0.2 * wave[:, 2]
     ink = (0.5 + edge / uniform(1.0, 2.0)).clamp(0, 1)
     noise = uniform(0.0, 0.08) * torch.randn(ink.shape, generator=generator)
     grey = (ink * uniform(0.6, 1.0) + noise).clamp(0, 1)
