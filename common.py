@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -62,6 +61,7 @@ ARRAYS = ("x_train y_train x_validation y_validation x_test y_test x_unlabelled 
           "f_validation f_test f_unlabelled classes").split()
 # What systems put beside pictures, besides all that begins with a dot.
 HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
+PART = 50                               # pictures that are seen, and kept, together
 WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
 # torchrun says which of its processes this is; batch systems set some of its variables, too.
 LAUNCHED = "MASTER_ADDR" in os.environ
@@ -894,6 +894,29 @@ def mark_of(file, root) -> str:
     return fingerprint(facts.encode())
 
 
+def cached(run, name: str, keys: list, make) -> dict:
+    """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
+
+    These are made and kept PART at a time: an interruption loses little.
+    """
+    folder = run.out / "cache" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(Exception):            # a damaged file is made anew
+            with np.load(path) as file:
+                kept.update(zip(file["keys"].tolist(), file["values"]))
+    missing = [key for key in keys if key not in kept]
+    progress = Progress(len(missing), name, run.quiet)
+    for start in range(0, len(missing), PART):
+        made = make(missing[start:start + PART])
+        content = {"keys": list(made), "values": list(made.values())}
+        write(folder / f"{missing[start]}.npz", content)
+        kept.update(made)
+        progress(min(start + PART, len(missing)))
+    return {key: kept[key] for key in keys if key in kept}
+
+
 # ---- pictures -------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -974,9 +997,6 @@ def read_like(path, facts: dict):
 
 
 # ---- features: what a pretrained network sees in the pictures -------------------------------
-
-PART = 50                               # pictures that are seen, and kept, together
-
 
 class Backbone:
     """A pretrained network and its preprocessing: PIL pictures -> features (B,F), float16,
@@ -1150,29 +1170,6 @@ def unit_length(features):
     """A copy, in float32: as F.normalize makes it, in less memory."""
     x = features.to(torch.float32, copy=True)
     return x.div_(x.norm(dim=1, keepdim=True).clamp(min=1e-12))
-
-
-def cached(run, name: str, keys: list, make) -> dict:
-    """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
-
-    These are made and kept PART at a time: an interruption loses little.
-    """
-    folder = run.out / "cache" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {}
-    for path in folder.iterdir():
-        with contextlib.suppress(Exception):            # a damaged file is made anew
-            with np.load(path) as file:
-                kept.update(zip(file["keys"].tolist(), file["values"]))
-    missing = [key for key in keys if key not in kept]
-    progress = Progress(len(missing), name, run.quiet)
-    for start in range(0, len(missing), PART):
-        made = make(missing[start:start + PART])
-        content = {"keys": list(made), "values": list(made.values())}
-        write(folder / f"{missing[start]}.npz", content)
-        kept.update(made)
-        progress(min(start + PART, len(missing)))
-    return {key: kept[key] for key in keys if key in kept}
 
 
 def normalised(features, mean, scale: float):
