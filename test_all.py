@@ -3652,7 +3652,7 @@ def test_the_commands_and_the_examples_of_docstrings_give_what_they_say():
         assert {name for name, _ in commands} == {script}
         for _, words in commands:
             module.parse_args(words)
-    for module in (common, latent, hybrids):
+    for module in (latent, hybrids):
         found = doctest.testmod(module)
         assert found.attempted > 0
         assert found.failed == 0
@@ -4423,7 +4423,7 @@ def test_a_grid_shows_its_rows_and_their_means(grid):
     rows = facts_of(grid, "compare")["rows"]
     table = compare.summarise(rows)
     planned = grid_of(*GRID[1:], "--dataset", grid / "tiny.npz", "-o", grid)
-    left, right = common.figure().subplots(1, 2)
+    left, right = common.figure(10, 5).subplots(1, 2)
     compare.curves(left, right, table, rows, planned)
     dots = [y for part in left.collections if len(part.get_offsets()) == 4      # no bars
             for y in part.get_offsets()[:, 1]]
