@@ -600,7 +600,7 @@ def command(run, args):
                    common.legible(data.classes))
     common.write(run.out / "cnn.png", picture)
     common.save(run.out / "cnn.pt", run, data, metrics, sources, config=model.config,
-                model=model.cpu().state_dict(), **inputs.fields())
+                model=model.cpu().state_dict(), **inputs.normal)
     print("{real_images:,} images with a label, {pseudo_labelled:,} with one that was spread\n"
           "accuracy {accuracy:.2%}  (balanced {balanced_accuracy:.2%})  NLL {nll:.3f}  "
           "ECE {ece:.3f}".format(**metrics))

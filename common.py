@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import unicodedata
@@ -27,6 +27,7 @@ import warnings
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,6 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMN
                "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 NAMES = ["glyphs", *TORCHVISION]
 IMAGE_FILES = tuple(".jpg .jpeg .jfif .png .gif .ppm .pgm .bmp .tif .tiff .webp".split())
-PICTURE_FORMATS = "JPEG PNG GIF PPM BMP TIFF WEBP".split()      # of these files, for PIL
 # Parts of a data set, in small letters, as people call their folders and arrays.
 PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
          "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
@@ -61,6 +61,7 @@ ARRAYS = ("x_train y_train x_validation y_validation x_test y_test x_unlabelled 
           "f_validation f_test f_unlabelled classes").split()
 # What systems put beside pictures, besides all that begins with a dot.
 HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
+PART = 50                               # pictures that are seen, and kept, together
 WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
 # torchrun says which of its processes this is; batch systems set some of its variables, too.
 LAUNCHED = "MASTER_ADDR" in os.environ
@@ -163,6 +164,7 @@ def run_script(command, args) -> int:
     """command(run, args) -> 0; a mistake in one line -> 2; an interruption -> 130."""
     run = None
     threads = torch.get_num_threads()
+    code = 2
     try:
         run = start(args)
         command(run, args)
@@ -173,29 +175,22 @@ def run_script(command, args) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = "interrupted; what was finished is kept"
         code = 130
-    except (Mistake, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        message = explain(error, args.out)
-        code = 2
-        if message is None:
+    except (Mistake, FloatingPointError) as error:
+        message = str(error)
+    except OSError as error:
+        drop_output()                   # in case that this was it
+        place = error.filename or f"{args.out} or standard output"
+        message = f"{place}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if "alloc" not in str(error).lower():           # torch's and numpy's word
             raise
+        message = "out of memory; use fewer or smaller images, or --device cpu"
     finally:
         torch.set_num_threads(threads)  # a notebook goes on with its own
         if run:
             run.release()
     print(f"{args.script}: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def explain(error, out):
-    """What a user can do about an error; None where the fault is the program's own."""
-    if isinstance(error, (Mistake, FloatingPointError)):
-        return str(error)
-    if isinstance(error, OSError):
-        drop_output()                   # in case that this was it
-        return f"{error.filename or f'{out} or standard output'}: {error.strerror or error}"
-    if isinstance(error, MemoryError) or "alloc" in str(error).lower():     # in torch's words
-        return "out of memory; use fewer or smaller images, or --device cpu"
-    return None
 
 
 def drop_output():
@@ -208,36 +203,22 @@ def drop_output():
 
 # ---- a run: which images, its folder, device and arithmetic ---------------------------------
 
-@dataclass
-class Run:
-    """One run of one script: where it works, how it computes, which images it is about."""
-    script: str
-    out: Path
-    device: torch.device
-    amp: bool                           # bfloat16 where autocast allows it
-    quiet: bool
-    cores: int                          # threads that torch would take by itself
-    settings: dict                      # every flag that can change a result
-    changed: dict                       # those that differ from their defaults
-    # Which images, None where that was not said; `settle` decides.
-    dataset: str
-    data_dir: str
-    image_size: int
-    labels: int
-    labels_from: str
-    skip_damaged: bool
-    images: int
-    seed: int
-    backbone: str
-    record: dict = field(default_factory=dict)  # facts of the data set that OUT is of
-    source: str = ""                    # the stem of the file that says so
-    bound: bool = False                 # does this script build on that file?
-    binding: tuple = ("image_size", "labels", "backbone", "images", "seed")     # by it
-    lock: io.IOBase = None
+class Run(argparse.Namespace):
+    """One run of one script: its flags, and what `start` makes of them.
+
+    `settings` are the flags that can change a result, `changed` those that differ from their
+    defaults, `cores` the threads that torch would take by itself.
+    """
+    images = None                       # compare.py has no such flag
+    record = {}                         # facts of the data set that OUT is of
+    source = ""                         # the stem of the file that says so
+    bound = False                       # does this script build on that file?
+    binding = ["image_size", "labels", "backbone", "images", "seed"]        # by it
+    lock = None
 
     @property
     def which(self) -> dict:
-        """The settings that say which images."""
+        """The settings that say which images; None where that was not said."""
         return {key: getattr(self, key) for key in WHICH}
 
     def release(self):
@@ -250,25 +231,21 @@ class Run:
 
 def start(args) -> Run:
     """Settle which images, threads, device and arithmetic; make the working directory."""
-    out = args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
-    require(not out.is_file(), f"{out} is a file; --out takes a folder")
-    trains = args.script in ("vae.py", "cnn.py")
-    require(RANKS == 1 or trains or args.script == "compare.py", "start without torchrun")
-    cores = torch.get_num_threads()     # or OMP_NUM_THREADS, which torchrun sets to 1
-    torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    amp = bfloat16_is_fast(device) if args.amp is None else args.amp
-    which = {key: args.settings.get(key) for key in WHICH}
-    run = Run(args.script, out, device, amp, args.quiet, cores, args.settings, args.changed,
-              **which)
+    args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
+    run = Run(**vars(args))
+    run.cores = torch.get_num_threads()         # or OMP_NUM_THREADS; torchrun sets it to 1
+    torch.set_num_threads(run.threads)
+    run.device = choose_device(run.device)
+    if run.amp is None:
+        run.amp = bfloat16_is_fast(run.device)
     settle(run)
     run.settings.update(run.which)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.writes and RANK == 0:       # torchrun's ranks are one run
-        run.lock = lock_folder(out)
-    if RANKS > 1 and trains:
+    run.out.mkdir(parents=True, exist_ok=True)
+    if run.writes and RANK == 0:        # torchrun's ranks are one run
+        run.lock = lock_folder(run.out)
+    if RANKS > 1 and run.script != "compare.py":        # ranks that train one model
         here = int(os.environ["LOCAL_WORLD_SIZE"])
-        card_each = device.type == "cuda" and torch.cuda.device_count() >= here
+        card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
         torch.distributed.init_process_group("nccl" if card_each else "gloo")
     return run
 
@@ -281,14 +258,25 @@ def name_of(spec) -> str:
 def settle(run):
     """Decide which images: as the flags say, else as the folder does, else as by default.
 
-    What a file says that the script builds on cannot be contradicted.
+    What a file says that the script builds on cannot be contradicted; its own files, and
+    later ones, it may make anew.
     """
-    run.record, run.source, run.bound = folder_record(run)
+    stem = Path(run.script).stem
+    upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
+    if stem == "vae" and run.backbone:  # features do not move
+        upstream = []
+    for source in [*upstream, *STEMS]:
+        record = record_of(run.out, source)
+        if record:
+            run.record = record["dataset"]
+            run.source = source
+            run.bound = source in upstream
+            break
     known = run.record.get("which", {})
     given = {key: value for key, value in run.which.items() if value is not None}
     inherited = known if run.bound or run.dataset is None else {}
     vars(run).update({**WHICH, **inherited, **given})
-    if run.script == "compare.py":      # it draws many subsets, and from any seed on
+    if stem == "compare":               # it draws many subsets, and from any seed on
         run.binding = run.binding[:3]
     for key in run.binding if run.bound else []:
         require(run.which[key] == known[key], f"{key} {run.which[key]}: {run.out}/{run.source}"
@@ -296,33 +284,11 @@ def settle(run):
                 f"{command_for(run, run.source)}; or give another -o")
 
 
-def folder_record(run):
-    """-> facts of the data set that OUT is of, the stem of their file, whether that binds.
-
-    What a script builds on binds it; its own files, and later ones, it may make anew.
-    """
-    stem = Path(run.script).stem
-    upstream = {"deform": [], "vae": ["deform"]}.get(stem, ["vae", "deform"])
-    if stem == "vae" and run.backbone:  # features do not move
-        upstream = []
-    for other in [*upstream, *STEMS]:
-        record = record_of(run.out, other)
-        if record:
-            return record["dataset"], other, other in upstream
-    return {}, stem, False
-
-
 def record_of(out: Path, stem: str) -> dict:
     """What OUT/stem.json, or else stem.pt, says of how it was made; {} without either."""
     for path in (out / f"{stem}.json", out / f"{stem}.pt"):
         if path.exists():
-            try:
-                content = read(path)
-                require(content["format"] == FORMAT and content["dataset"]["which"], "")
-                return content
-            except Exception:           # json, zip and pickle each have their own errors
-                raise Mistake(f"{path} is damaged, or of another version of these scripts; "
-                              "remove it, or give another -o") from None
+            return read_whole(path, "remove it, or give another -o")
     return {}
 
 
@@ -331,11 +297,11 @@ def command_for(run: Run, stem: str, **changes) -> str:
     changed = run.changed
     if f"{stem}.py" != run.script:
         changed = record_of(run.out, stem).get("changed", {})
-    words = ["python", f"{stem}.py"]
-    which = run.which
+    settings = {**changed, **run.which, **changes}
     if run.script == "compare.py" and run.record:       # which has subsets of its own
-        which = {**which, "seed": run.record["which"]["seed"]}
-    for key, value in {**changed, **which, **changes}.items():
+        settings["seed"] = run.record["which"]["seed"]
+    words = []
+    for key, value in settings.items():
         flag = key.replace("_", "-")
         if value == WHICH.get(key):
             continue
@@ -343,7 +309,7 @@ def command_for(run: Run, stem: str, **changes) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, np.ravel(value))]          # of a list all
-    return shlex.join([*words, "-o", str(run.out)])
+    return shlex.join(["python", f"{stem}.py", *words, "-o", str(run.out)])
 
 
 def lock_folder(out):
@@ -362,13 +328,14 @@ def lock_folder(out):
 
 def choose_device(name):
     """The device that --device names; on a machine of several cards the rank's own."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
+        name = "cuda" if there["cuda"] else "cpu"
+    require(there[name], f"--device {name}: there is none here; use --device cpu")
+    if name == "cuda":
         card = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        return torch.device(name, card)
-    require(name == "cpu" or name == "mps" and torch.backends.mps.is_available(),
-            f"--device {name}: there is none here; use --device cpu")
+        name = f"cuda:{card}"
     return torch.device(name)
 
 
@@ -415,6 +382,10 @@ class Dataset:
         """Rows of the pool that have none."""
         return self.pool[self.labels[self.pool] < 0]
 
+    def split(self, whole):
+        """What belongs to the training images, and what to the test images."""
+        return whole.split([len(self.images), len(self.test_images)])
+
     def original(self, row: int):
         """The picture of a row as it came: a PIL image, RGB, upright."""
         from PIL import Image
@@ -457,7 +428,6 @@ def load_dataset(run: Run) -> Dataset:
     data = open_dataset(run)
     data.which = run.which
     if run.labels:
-        say_if_few(run.labels, data)
         data = with_labels(data, run.labels, run.seed)
     if run.labels_from:
         correct_labels(data, Path(run.labels_from))
@@ -481,8 +451,8 @@ def open_dataset(run) -> Dataset:
         return torchvision_dataset(spec, run.data_dir, run.image_size)
     if os.path.isdir(spec):
         return folder_dataset(Path(spec), run)
-    near = difflib.get_close_matches(spec, NAMES, 1) or NAMES
-    raise Mistake(f"no data set or folder {spec!r}; did you mean {' '.join(near)}?")
+    raise Mistake(f"no data set or folder {spec!r}; wanted a folder, a file .npz, or one of "
+                  f"{' '.join(NAMES)}")
 
 
 def check_folder(run, data):
@@ -503,10 +473,11 @@ def remarks_on(data) -> list:
     images = [*data.images.numpy(), *data.test_images.numpy()]
     marks = [hash(image.tobytes()) for image in images]
     labels = data.labels.tolist() + data.test_labels.tolist()
-    training = {marks[row] for row in data.pool.tolist()}
-    others = data.validation.tolist() + list(range(len(data.images), len(images)))
+    pool = set(data.pool.tolist())
+    training = {marks[row] for row in pool}
+    others = [mark for row, mark in enumerate(marks) if row not in pool]
     remarks = []
-    twice = sum(marks[row] in training for row in others)
+    twice = sum(mark in training for mark in others)
     if twice:
         remarks.append(f"{twice:,} of {len(others):,} validation and test images are training "
                        "images, too, pixel for pixel; they measure memory")
@@ -618,7 +589,7 @@ def npz_dataset(path, side):
     try:
         arrays = {}
         left_out = []
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             for name in file.files:
                 kind, _, part = name.lower().partition("_")
                 known = f"{kind}_{PARTS[part]}" if part in PARTS else name.lower()
@@ -665,8 +636,7 @@ def array_dataset(name, arrays, side, remarks=()):
         features = torch.from_numpy(np.concatenate(features)).float()
         require(features.dim() == 2 and features.isfinite().all(),
                 f"features of shape {tuple(features.shape)}, or NaN; wanted (N,F), finite")
-        data.features, data.test_features = features.split([len(data.images),
-                                                            len(data.test_images)])
+        data.features, data.test_features = data.split(features)
     return data
 
 
@@ -680,7 +650,7 @@ def as_labels(y):
     y = y.reshape(-1)
     if y.dtype.kind in "US":
         return y.astype(str)
-    require(y.dtype.kind in "buif" and (y % 1 == 0).all() and (y >= -1).all(),
+    require((y % 1 == 0).all() and (y >= -1).all(),
             "labels must be numbers from 0, names, or one-hot rows; -1 or no name is no label")
     return y.astype(np.int64)
 
@@ -702,7 +672,7 @@ def as_images(arrays):
     require(pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.size,
             f"images of shape {pixels.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
     peaks = [peak_of(array) for array in shaped]
-    white, remarks = white_of(peaks, pixels.dtype.kind != "f")
+    white, remarks = white_of(max(peaks), pixels.dtype.kind != "f")
     require(white == 1 or not any(0 < peak <= 1 for peak in peaks),
             f"the highest pixels of the parts are {peaks}; wanted one scale")
     images = torch.from_numpy(np.ascontiguousarray(to_bytes(pixels, white)))
@@ -711,7 +681,6 @@ def as_images(arrays):
 
 def peak_of(pixels) -> float:
     """The highest of the pixels; 255 for bytes, whatever they use of their range."""
-    require(pixels.dtype.kind in "buif", f"pixels of type {pixels.dtype}; wanted numbers")
     low = float(pixels.min(initial=0))
     high = float(pixels.max(initial=0))
     require(low == 0 and high <= WHITES[-1],
@@ -720,16 +689,13 @@ def peak_of(pixels) -> float:
     return 255.0 if pixels.dtype == np.uint8 and high > 1 else high
 
 
-def white_of(peaks, whole, least=1, source=""):
-    """The lowest usual white level, `least` or above, that holds all pixels; remarks.
+def white_of(high, whole, least=1):
+    """The lowest usual white level, `least` or above, that holds pixels up to `high`; remarks.
 
-    Floats, not `whole`, may exceed 1 or 255 by a quarter, as scaled images do.
+    Floats, not `whole`, may exceed it by a quarter, as scaled images do.
     """
-    high = max(peaks, default=0)
-    require(whole or least > 1 or not 1.25 < high < 25,
-            f"{source}pixels of up to {high:g}; wanted [0, 1] or [0, 255]")
+    slack = 1 if whole else 1.25
     for level in WHITES:
-        slack = 1 if whole or level > 255 else 1.25
         if level >= least and high <= slack * level:
             break
     if high in (0, level):
@@ -788,36 +754,34 @@ def folder_dataset(root, run):
     root/unlabelled/**, and root/train/unlabelled/**, are training images without a label.
     """
     samples = find_samples(root)
-    left_out = Counter(file.suffix.lower() for file in files_below(root))
-    left_out.subtract(file.suffix.lower() for _, file, _ in samples)
-    words = [f"{count:,} {kind or 'others'}" for kind, count in left_out.items() if count > 0]
+    others = [file for file in files_below(root) if file not in samples]
+    kinds = Counter(file.suffix.lower() or "others" for file in others)
+    words = [f"{count:,} {kind}" for kind, count in kinds.items()]
     remarks = [f"left out: {', '.join(words)}"] if words else []
-    pixels, white, more_remarks = read_pictures([file for _, file, _ in samples], root, run)
-    samples = [sample for sample in samples if sample[1] in pixels]
-    require(samples, f"{root}: no pictures")
-
-    names = {file: readable(file.relative_to(root).as_posix()) for _, file, _ in samples}
-    if "test" not in [part for part, _, _ in samples]:
+    pixels, white, more_remarks = read_pictures(samples, root, run)
+    parts, labels = map(list, zip(*[samples[file] for file in pixels]))
+    names = [readable(file.relative_to(root).as_posix()) for file in pixels]
+    if "test" not in parts:
         # The fifth does not depend on --seed: what tests stays what tests.
-        training = [label if part == "train" else "" for part, _, label in samples]
-        for row in set_aside(training, list(names.values()), 0.2).tolist():
-            samples[row] = ("test", *samples[row][1:])
-    samples.sort(key=lambda sample: ORDER.index(sample[0]))
-    parts, files, labels = zip(*samples)
-    images = torch.from_numpy(np.stack([pixels[file] for file in files]))
-    return assemble(name_of(root), images, np.array(labels), parts,
-                    [names[file] for file in files], None, run.image_size, white,
-                    remarks + more_remarks, files)
+        training = [label if part == "train" else "" for part, label in zip(parts, labels)]
+        for row in set_aside(training, names, 0.2).tolist():
+            parts[row] = "test"
+    lines = zip(parts, labels, names, pixels.items())
+    lines = sorted(lines, key=lambda line: ORDER.index(line[0]))
+    parts, labels, names, pictures = zip(*lines)
+    files, images = zip(*pictures)
+    return assemble(name_of(root), torch.from_numpy(np.stack(images)), np.array(labels), parts,
+                    names, None, run.image_size, white, remarks + more_remarks, files)
 
 
-def find_samples(root):
-    """(part, file, class) of each picture below a folder; the class is "" if it has none."""
-    samples = []
+def find_samples(root) -> dict:
+    """{file: (part, class)} of the pictures below a folder; the class is "" if it has none."""
+    samples = {}
     for part, folder in find_parts(root).items():
         if part == "unlabelled":
-            samples += [(part, file, "") for file in pictures_in(folder)]
+            samples |= {file: (part, "") for file in pictures_in(folder)}
         else:
-            samples += class_samples(folder, part)
+            samples |= class_samples(folder, part)
     return samples
 
 
@@ -825,19 +789,13 @@ def find_parts(root) -> dict:
     """{"train": a folder of classes, "test": ...}; of one without parts, {"train": root}."""
     folders = subfolders(root)
     parts = {PARTS[path.name.lower()]: path for path in folders if path.name.lower() in PARTS}
-    others = [path.name for path in folders if path not in parts.values()]
     if parts.keys() <= {"unlabelled"}:
-        renames = {hinted_part(name): f"{name}/ to {hinted_part(name)}/" for name in others}
+        renames = {hinted_part(path.name): f"{path.name}/ to {hinted_part(path.name)}/"
+                   for path in folders if path not in parts.values()}
         renames.pop(None, "")
         require(len(renames) < 2, f"{root}: are these parts of the data set? then rename "
                 f"{' and '.join(renames.values())}; else call these classes something else")
         return {"train": root}
-    beside = [name for name in others if pictures_in(root / name)]
-    names = "/, ".join(path.name for path in parts.values())
-    require(not beside, f"{root}: {names}/ beside {'/, '.join(beside)}/: either the former "
-            "are parts of the data set, and the latter should be elsewhere, or all are "
-            "classes; move or rename some")
-    require("train" in parts, f"{root}: there is {names}/ but no train/")
     return parts
 
 
@@ -850,15 +808,16 @@ def hinted_part(name) -> str | None:
     return None
 
 
-def class_samples(folder, part):
-    """(part, file, class) of each picture in a folder of classes."""
-    samples = []
+def class_samples(folder, part) -> dict:
+    """{file: (part, class)} of the pictures in a folder of classes."""
+    samples = {}
     classes = subfolders(folder)
     for path in subfolders(folder):
         if part == "train" and PARTS.get(path.name.lower()) == "unlabelled":
             classes.remove(path)
-            samples += [("unlabelled", file, "") for file in pictures_in(path)]
-    require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each")
+            samples |= {file: ("unlabelled", "") for file in pictures_in(path)}
+    require(classes, f"{folder}: no classes; wanted one subfolder a class, images in each; if "
+            f"{folder.name} is a class, call it otherwise")
     require(len(classes) > 1 or not subfolders(classes[0]), f"{folder}: all is in "
             f"{classes[0].name}/; if the folders there are the classes, give {classes[0]}, or "
             "move them one up")
@@ -868,7 +827,7 @@ def class_samples(folder, part):
         files = pictures_in(path)
         require(files, f"{folder}: no pictures in {path.name}/; remove it, or add some "
                 f"({' '.join(IMAGE_FILES)})")
-        samples += [(part, file, readable(path.name)) for file in files]
+        samples |= {file: (part, readable(path.name)) for file in files}
     return samples
 
 
@@ -890,15 +849,9 @@ def pictures_in(folder: Path) -> list:
 
 
 def files_below(folder):
-    """The files below a folder, in order, but for hidden ones."""
+    """The files below a folder, in order, but for hidden ones; links to folders are left."""
     files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place)
-        if here in seen:                # by a link back to a folder above
-            folders.clear()
-            continue
-        seen.add(here)
+    for place, folders, names in os.walk(folder):
         folders[:] = [path.name for path in subfolders(place)]          # to walk through
         paths = [Path(place, name) for name in sorted(names)]
         files += [path for path in paths if not is_hidden(path)]
@@ -906,54 +859,62 @@ def files_below(folder):
 
 
 def read_pictures(files, root, run):
-    """-> {file: uint8 (3,side,side)} of all that can be read, their white level, remarks.
+    """-> {file: uint8 (3,side,side)} of all that can be read, their white level, remarks."""
+    file_of = {mark_of(file, root): file for file in files}
+    marks = list(file_of)
 
-    OUT/images.npz keeps what has been read, also when interrupted: each is decoded once.
-    """
-    side = run.image_size
-    cache = run.out / "images.npz"
-    marks = {file: mark_of(file, root, side) for file in files}
-    wanted = set(marks.values())
-    kept, white = read_cache(cache)
-    remarks = []
-    if kept.keys() != wanted:
-        say(f"reading {len(wanted - kept.keys()):,} images")
-        before = white
-        white, remarks = white_of(*deep_peaks(files), source=f"{root}: ")
-        if white != before:             # then all were read otherwise
-            wanted = set()
-        kept = {mark: pixels for mark, pixels in kept.items() if mark in wanted}
-        try:
-            for file, mark in marks.items():
-                if mark not in kept:
-                    with contextlib.suppress(Mistake):  # the damaged are named below
-                        kept[mark] = read_image(file, (side, side), white)
-        finally:
-            write(cache, {"marks": list(kept), "pixels": list(kept.values()), "white": white})
-    damaged = [file.relative_to(root).as_posix() for file in files if marks[file] not in kept]
+    def ask(question, some):
+        """{mark: answer} of those of some pictures that are not damaged."""
+        answers = {}
+        for mark in some:
+            with contextlib.suppress(Mistake):          # which are named below
+                answers[mark] = question(file_of[mark])
+        return answers
+
+    peaks = cached(run, "peaks", marks, functools.partial(ask, deep_peak))
+    found = np.array([(0, True), *peaks.values()])
+    white, remarks = white_of(found[:, 0].max(), found[:, 1].all())
+    read = functools.partial(read_image, size=(run.image_size, run.image_size), white=white)
+    kind = f"images-{run.image_size}-{white}"
+    kept = cached(run, kind, marks, functools.partial(ask, read))
+    damaged = [file.relative_to(root).as_posix()
+               for mark, file in file_of.items() if mark not in kept]
     if damaged:
         words = f"{len(damaged):,} pictures that cannot be read: {', '.join(damaged)}"
         require(run.skip_damaged, f"{root}: {words}; mend or remove them, or go on without "
                 "them with --skip-damaged")
         remarks.append(f"left out: {words}")
-    return {file: kept[mark] for file, mark in marks.items() if mark in kept}, white, remarks
+    return {file_of[mark]: pixels for mark, pixels in kept.items()}, white, remarks
 
 
-def mark_of(file, root, side) -> str:
-    """What tells a picture, as it is now and at this size, from others."""
+def mark_of(file, root) -> str:
+    """What tells a picture, as it is now, from others."""
     about = file.stat()
-    facts = [side, str(file.relative_to(root)), about.st_size, about.st_mtime_ns]
-    return fingerprint(json.dumps(facts).encode())
+    facts = ascii([file.relative_to(root), about.st_size, about.st_mtime_ns])
+    return fingerprint(facts.encode())
 
 
-def read_cache(path):
-    """-> {mark: pixels (3,side,side)}, white level; {} and 0 without any."""
-    try:
-        with np.load(path, allow_pickle=False) as file:         # it knows a damaged one
-            kept = dict(zip(file["marks"].tolist(), file["pixels"]))
-            return kept, int(file["white"])
-    except Exception:                   # numpy, zip and zlib each have their own errors
-        return {}, 0
+def cached(run, name: str, keys: list, make) -> dict:
+    """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
+
+    These are made and kept PART at a time: an interruption loses little.
+    """
+    folder = run.out / "cache" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(Exception):            # a damaged file is made anew
+            with np.load(path) as file:
+                kept.update(zip(file["keys"].tolist(), file["values"]))
+    missing = [key for key in keys if key not in kept]
+    progress = Progress(len(missing), name, run.quiet)
+    for start in range(0, len(missing), PART):
+        made = make(missing[start:start + PART])
+        content = {"keys": list(made), "values": list(made.values())}
+        write(folder / f"{missing[start]}.npz", content)
+        kept.update(made)
+        progress(min(start + PART, len(missing)))
+    return {key: kept[key] for key in keys if key in kept}
 
 
 # ---- pictures -------------------------------------------------------------------------------
@@ -966,23 +927,19 @@ def open_picture(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+            with Image.open(path) as picture:
                 yield picture
     except Exception as error:          # PIL, zlib and struct have many
         raise Mistake(f"{path} cannot be read as an image ({error}); mend or remove it"
                       ) from None
 
 
-def deep_peaks(files):
-    """The highest pixel of each picture that has more than 8 bits; are all whole numbers?"""
-    peaks = []
-    whole = True
-    for file in files:
-        with contextlib.suppress(Mistake), open_picture(file) as picture:
-            if picture.mode[0] in "IF":
-                peaks.append(peak_of(np.asarray(picture)))
-                whole = whole and picture.mode[0] == "I"
-    return peaks, whole
+def deep_peak(path):
+    """The highest pixel of a picture of more than 8 bits, else 0; is it a whole number?"""
+    with open_picture(path) as picture:
+        if picture.mode[0] in "IF":
+            return peak_of(np.asarray(picture)), picture.mode[0] == "I"
+    return 0, True
 
 
 def read_image(path, size, white=65535):
@@ -998,7 +955,7 @@ def read_image(path, size, white=65535):
     return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
-def upright(path, white=65535, reach=512):
+def upright(path, white, reach=512):
     """A picture as PIL's RGB image, upright, on white; large JPEGs no smaller than `reach`."""
     from PIL import Image, ImageOps
     with open_picture(path) as picture:
@@ -1025,27 +982,21 @@ def square(picture, side):
 def read_like(path, facts: dict):
     """A picture as those of a data set are -> uint8 (1,C,H,W), what was done."""
     channels, height, width = facts["shape"]
-    white, remarks = white_of(*deep_peaks([path]), facts["white"], f"{path}: ")
+    white, remarks = white_of(*deep_peak(path), facts["white"])
     image = torch.from_numpy(read_image(path, (height, width), white))[None]
-    if channels == 3:
-        return image, ", ".join([f"{path}: RGB, {height}x{width}", *remarks])
-    image = to_grey(image)
-    ground = ground_of(image).item()
-
-    def distance(level):
-        return min(abs(level - other) for other in facts["ground"])
-
-    # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
-    if distance(255 - ground) + 64 < distance(ground):
-        image = 255 - image
-        remarks.append("inverted to the data set's background")
-    return image, ", ".join([f"{path}: grey, {height}x{width}", *remarks])
+    if channels == 1:
+        image = to_grey(image)
+        ground = ground_of(image).item()
+        levels = np.array(facts["ground"])
+        # Ink on paper, where all images of the data set are chalk on a board, or the reverse.
+        if abs(levels - (255 - ground)).min() + 64 < abs(levels - ground).min():
+            image = 255 - image
+            remarks.append("inverted to the data set's background")
+    colour = "RGB" if channels == 3 else "grey"
+    return image, ", ".join([f"{path}: {colour}, {height}x{width}", *remarks])
 
 
 # ---- features: what a pretrained network sees in the pictures -------------------------------
-
-PART = 500                              # pictures whose features are written together
-
 
 class Backbone:
     """A pretrained network and its preprocessing: PIL pictures -> features (B,F), float16,
@@ -1079,14 +1030,12 @@ class Backbone:
 
 def backbone_of_file(spec: str):
     """The network of a file of the user's, and what makes a picture its input."""
-    require(Path(spec).exists(), f"--backbone {spec}: there is no such file")
     about = importlib.util.spec_from_file_location("backbone", spec)
     module = importlib.util.module_from_spec(about)
     with lines_of(spec):
         about.loader.exec_module(module)
         side = int(module.SIZE)
-        network = module.Backbone()
-    require(isinstance(network, torch.nn.Module), f"{spec}: Backbone is no torch.nn.Module")
+        network = module.Backbone().eval()
     return network, functools.partial(square, side=side)
 
 
@@ -1096,8 +1045,6 @@ def lines_of(spec: str):
     try:
         yield
     except Exception as error:
-        if "alloc" in str(error).lower():               # see `explain`
-            raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == os.path.abspath(spec)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
@@ -1115,13 +1062,11 @@ def backbone_of_torchvision(name: str):
             + (f"; did you mean {' or '.join(near)}?" if near else ", and no file .py"))
     weights = models.get_model_weights(name).DEFAULT
     place = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    there = place.exists()
     try:
         network = models.get_model(name, weights=weights)
     except Exception as error:          # each part of the network has its own
-        remedy = "remove that file" if there else f"put the file of {weights.url} there"
-        state = "is damaged" if there else "is missing, and downloading failed"
-        raise Mistake(f"--backbone {name}: {place} {state} ({error}); {remedy}") from None
+        raise Mistake(f"--backbone {name}: {place} is missing or damaged ({error}); put the "
+                      f"file of {weights.url} there") from None
     last = [key for key, layer in network.named_modules()
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))][-1]
     parent, _, key = last.rpartition(".")
@@ -1133,24 +1078,28 @@ def add_features(run, data):
     """Give a data set the features of its pictures: those that OUT keeps, and missing ones."""
     if run.backbone is None or data.features is not None:
         return
-    images = itertools.chain(data.images.numpy(), data.test_images.numpy())
-    keys = [fingerprint(name.encode() + image.tobytes())
-            for name, image in zip(data.names, images)]
+    backbone = functools.cache(functools.partial(named_backbone, run))      # when it is asked
     mark = run.record.get("backbone")
-    backbone = None
     if mark is None or "backbone" in run.changed:
-        backbone = named_backbone(run)
-        require(not run.bound or backbone.mark == mark, f"{run.out}/{run.source}.pt is of "
+        require(not run.bound or backbone().mark == mark, f"{run.out}/{run.source}.pt is of "
                 f"another network than {run.backbone} is now; make it again with: "
                 f"{command_for(run, run.source)}; or give another -o")
-        mark = backbone.mark
-    known = read_features(run.out, mark)
-    missing = [row for row, key in enumerate(keys) if key not in known]
-    if missing:
-        compute_features(run, data, backbone or named_backbone(run), keys, missing, known)
+        mark = backbone().mark
+    images = [*data.images.numpy(), *data.test_images.numpy()]
+    keys = [fingerprint(name.encode() + image.tobytes())
+            for name, image in zip(data.names, images)]
+    row_of = {key: row for row, key in enumerate(keys)}
+
+    def look(some):
+        pictures = [data.original(row_of[key]) for key in some]
+        return dict(zip(some, backbone()(pictures).numpy()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
+    known = cached(run, f"features-{mark}", keys, look)
+    torch.set_num_threads(threads)
     features = torch.from_numpy(np.stack([known[key] for key in keys]))
-    data.features, data.test_features = features.split([len(data.images),
-                                                        len(data.test_images)])
+    data.features, data.test_features = data.split(features)
     data.backbone = mark
     if data.images.shape[1] == 1:
         data.remarks.append("the network sees grey pictures in three equal channels")
@@ -1163,36 +1112,6 @@ def named_backbone(run) -> Backbone:
     return Backbone(run.backbone, run.device)
 
 
-def compute_features(run, data, backbone, keys, missing, known):
-    """Features of the missing rows, into `known` and, in parts, into OUT."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
-    progress = Progress(len(missing), "features", run.quiet)
-    for start in range(0, len(missing), PART):
-        rows = missing[start:start + PART]
-        parts = []
-        for first in range(0, len(rows), 50):
-            some = rows[first:first + 50]
-            parts.append(backbone([data.original(row) for row in some]).numpy())
-            progress(start + first + len(some))
-        features = np.concatenate(parts)
-        names = [keys[row] for row in rows]
-        known.update(zip(names, features))
-        write(run.out / f"features-{backbone.mark}-{names[0]}.npz",
-              {"keys": names, "features": features})
-    torch.set_num_threads(threads)
-
-
-def read_features(out: Path, mark: str) -> dict:
-    """{key of a picture: its features (F,)} that a folder keeps of a network."""
-    known = {}
-    for path in out.glob(f"features-{mark}-*.npz"):
-        with contextlib.suppress(Exception):            # a damaged part is made anew
-            with np.load(path, allow_pickle=False) as file:
-                known.update(zip(file["keys"].tolist(), file["features"]))
-    return known
-
-
 class Inputs:
     """What models see of a data set: its images or, if it has them, its features.
 
@@ -1201,37 +1120,30 @@ class Inputs:
     """
 
     def __init__(self, data: Dataset, rows):
-        self.data = data
-        self.mean = None
+        self.images = data.images
+        self.test_images = data.test_images
+        self.normal = {}                # by what features are normalised
         if data.features is not None:
-            total = 0.0
-            for part in rows.split(5000):
-                total = total + unit_length(data.features[part]).sum(0)
-            self.mean = total / len(rows)
-            square = 0.0
-            for part in rows.split(5000):
-                x = unit_length(data.features[part]) - self.mean
-                square = square + x.square().sum()
-            require(square > 1e-12 * len(rows), "the features of all pictures are the same")
-            self.scale = float((square / len(rows) / len(self.mean)).rsqrt())
+            self.images = data.features
+            self.test_images = data.test_features
+            parts = rows.split(5000)    # all at once take much memory
+            mean = sum(unit_length(self.images[part]).sum(0) for part in parts) / len(rows)
+            square = sum((unit_length(self.images[part]) - mean).square().sum()
+                         for part in parts)
+            scale = float((square / len(rows) / len(mean)).rsqrt())
+            self.normal = {"mean": mean, "scale": scale}
 
     def __getitem__(self, rows):
         """Of some training rows: uint8 (n,C,H,W), or float32 (n,F)."""
-        data = self.data
-        return self.of(data.images[rows] if self.mean is None else data.features[rows])
+        return self.of(self.images[rows])
 
     def test(self):
         """Of the test images."""
-        data = self.data
-        return self.of(data.test_images if self.mean is None else data.test_features)
+        return self.of(self.test_images)
 
     def of(self, x):
         """Images as they are; features normalised."""
-        return x if self.mean is None else normalised(x, self.mean, self.scale)
-
-    def fields(self) -> dict:
-        """For files: by what features are normalised."""
-        return {} if self.mean is None else {"mean": self.mean.cpu(), "scale": self.scale}
+        return normalised(x, **self.normal) if self.normal else x
 
 
 def reader(run, saved, mean=None, scale=1.0):
@@ -1255,16 +1167,14 @@ def reader(run, saved, mean=None, scale=1.0):
 
 
 def unit_length(features):
-    return F.normalize(features.float(), dim=1)
+    """A copy, in float32: as F.normalize makes it, in less memory."""
+    x = features.to(torch.float32, copy=True)
+    return x.div_(x.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
 
 def normalised(features, mean, scale: float):
     """Features (n,F), as a network makes them -> as models see them."""
-    made = torch.empty(features.shape, device=features.device)
-    for start in range(0, len(features), 5000):         # all at once take much memory
-        part = slice(start, start + 5000)
-        made[part] = (unit_length(features[part]) - mean) * scale
-    return made
+    return unit_length(features).sub_(mean).mul_(scale)
 
 
 # ---- rows: which images train, which choose, which labels count -----------------------------
@@ -1275,54 +1185,45 @@ def set_aside(labels: list, names: list, share: float, least=2, last=False) -> T
     The hashes of their names pick them, the smallest or the `last` ones: so a new image moves
     at most one other. Rows of the label -1 or "" belong to no class.
     """
-    def key(row):
-        return hashlib.sha256(names[row].encode()).digest()
-
+    hashes = [fingerprint(name.encode()) for name in names]
     rows = []
     for c in set(labels) - {-1, ""}:
         mine = [row for row, label in enumerate(labels) if label == c]
-        mine.sort(key=key, reverse=last)
+        mine.sort(key=hashes.__getitem__, reverse=last)
         if len(mine) >= least:
             rows += mine[:max(round(len(mine) * share), 1)]
     return torch.tensor(sorted(rows), dtype=torch.long)
 
 
-def subset(data: Dataset, n: int, seed: int, subsets=10) -> Tensor:
+def subset(data: Dataset, n: int, seed: int) -> Tensor:
     """n rows with a label, equally many a class to within one; a smaller n is in a larger one.
 
-    Seeds 0 to subsets-1 begin at even distances in one shuffled order of each class: they
-    share no image while each class gives at most 1/subsets of its images.
+    Ten seeds, as 0 to 9, begin at even distances in one shuffled order of each class: they
+    share no image while each class gives at most a tenth of its images.
     """
     rows = data.labelled().cpu()
     require(n <= len(rows),
             f"{n} images asked for; there are {len(rows)} besides validation images")
-    generator = torch.Generator().manual_seed(seed // subsets)
+    generator = torch.Generator().manual_seed(seed // 10)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     y = data.labels.cpu()[rows]
     parts = []
     for c in y.unique():
         part = rows[y == c]
-        parts.append(part.roll(-(seed % subsets) * len(part) // subsets))
+        parts.append(part.roll(-(seed % 10) * len(part) // 10))
     if n < len(parts):                  # not the first classes every time
-        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(parts), generator=generator.manual_seed(seed))
         parts = [parts[c] for c in order]
-    places = [torch.arange(len(part)) for part in parts]
     # The first of each class, then the second of each, and so on.
-    turn = torch.cat(places).argsort(stable=True)
+    places = torch.cat([torch.arange(len(part)) for part in parts])
+    turn = places.argsort(stable=True)
     return torch.cat(parts)[turn][:n].to(data.labels.device)
-
-
-def say_if_few(n: int, data: Dataset):
-    """A word on subsets that have no image of some classes."""
-    if n < len(data.classes):
-        say(f"{n} images for {len(data.classes)} classes: --seed draws which have one")
 
 
 def training_rows(data: Dataset, run: Run) -> Tensor:
     """Rows to learn from: at most --images N, all with a label, or else the whole pool."""
     if run.images is None:
         return data.pool
-    say_if_few(run.images, data)
     count = min(run.images, len(data.labelled()))
     if count < run.images and not run.bound:
         say(f"there are {count} images with a label besides validation images: all are used")
@@ -1360,8 +1261,7 @@ def with_labels(data: Dataset, n: int, seed: int, judged=False) -> Dataset:
 
 def correct_labels(data, file):
     """Give images the labels that a table has for them in its column new_label."""
-    rows = {name.strip(): row for row, name in enumerate(data.names)}
-    numbers = {name.strip(): c for c, name in enumerate(data.classes)}
+    rows = {name: row for row, name in enumerate(data.names)}
     labels = torch.cat([data.labels, data.test_labels])
     # A picture that was moved into the folder of its class has that label by now.
     placed = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
@@ -1375,15 +1275,16 @@ def correct_labels(data, file):
         require(of == data.name, f"{file}: {image} is an image of {of}, not of {data.name}")
         require(given.setdefault(image, name) == name,
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
-        require(name in numbers, f"{file}: {image} is given the class {name!r}; the classes "
-                f"are {', '.join(data.classes[:20])}")
-        require(image in rows or (Path(image).name, numbers[name]) in placed,
+        require(name in data.classes, f"{file}: {image} is given the class {name!r}; the "
+                f"classes are {', '.join(data.classes[:20])}")
+        label = data.classes.index(name)
+        require(image in rows or (Path(image).name, label) in placed,
                 f"{file}: {data.name} has no image {image!r}; they are called "
                 f"{data.names[0]} and so on, see latent.csv")
         if image in rows:
-            labels[rows[image]] = numbers[name]
+            labels[rows[image]] = label
     require(given, f"{file}: no line has a new label; write some into its column new_label")
-    data.labels, data.test_labels = labels.split([len(data.labels), len(data.test_labels)])
+    data.labels, data.test_labels = data.split(labels)
     data.remarks.append(f"{len(given):,} labels are those of {file}")
 
 
@@ -1394,40 +1295,34 @@ def spaced(total: int, count: int) -> torch.Tensor:
 
 # ---- files ----------------------------------------------------------------------------------
 
-def write(path: Path, content):
-    """Write JSON, CSV, a figure, arrays or a .pt; `path` is whole, or as it was before."""
-    write_all({path: content})
+def write(path: Path, content, beside: dict = {}):
+    """Write JSON, CSV, a figure, arrays or a .pt; `path` is whole, or as it was before.
 
-
-def write_all(contents: dict):
-    """Write files beside their places, and when all are whole, move them there in turn."""
-    temporary = {path: path.with_name(f"{path.name}.{RANK}.tmp") for path in contents}
-    try:
+    Files `beside` it move to their places with it, when all are whole.
+    """
+    contents = {**beside, path: content}
+    with tempfile.TemporaryDirectory(prefix=".tmp", dir=path.parent) as folder:
         for path, content in contents.items():
-            temporary[path].write_bytes(as_bytes(content, path.suffix))
+            put(Path(folder, path.name), content)
         for path in contents:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+            os.replace(Path(folder, path.name), path)
 
 
-def as_bytes(content, suffix: str):
-    """What a .json, .csv, .png, .npz or .pt file of this content holds."""
-    if suffix == ".json":
-        return json.dumps(content, indent=1, allow_nan=False).encode()
-    if suffix == ".csv":                # a list of lines, each a list of cells
-        text = io.StringIO()
-        csv.writer(text).writerows(content)     # which end in CR LF: so a lone CR is quoted
-        return text.getvalue().encode()
-    buffer = io.BytesIO()
-    if suffix == ".png":
-        content.savefig(buffer, format="png")
-    elif suffix == ".npz":
-        np.savez(buffer, **content)
+def put(path, content):
+    """Write a file as its suffix says."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    elif path.suffix == ".csv":         # a list of lines, each a list of cells
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(content)     # they end in CR LF: a lone CR is quoted
+    elif path.suffix == ".png":
+        content.savefig(path)
+    elif path.suffix == ".npz":
+        np.savez(path, **content)
     else:
+        buffer = io.BytesIO()           # of a full disk torch has errors of its own
         torch.save(content, buffer)
-    return buffer.getbuffer()
+        path.write_bytes(buffer.getbuffer())
 
 
 def columns(first: list, classes: list) -> list:
@@ -1464,7 +1359,7 @@ def save(path: Path, run: Run, data: Dataset, metrics: dict, made_from=(), **con
              "changed": run.changed, "metrics": metrics, "dataset": data.facts(),
              "made_from": {source.stem: fingerprint(source) for source in made_from},
              "versions": versions()}
-    write_all({path.with_suffix(".json"): facts, path: {**facts, **content}})
+    write(path, {**facts, **content}, {path.with_suffix(".json"): facts})
     path.with_suffix(".last.pt").unlink(missing_ok=True)
 
 
@@ -1482,22 +1377,29 @@ def read(path: Path, device="cpu") -> dict:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def read_whole(path: Path, remedy: str, device="cpu") -> dict:
+    """A .json or .pt of ours; whatever is wrong with it becomes one line with the remedy."""
+    try:
+        content = read(path, device)
+        require([content["kind"], content["format"]] == [path.stem, FORMAT], "")
+        require(content["dataset"]["which"], "")
+        return content
+    except Exception:                   # json, zip and pickle each have their own errors
+        raise Mistake(f"{path} is damaged, or of another version of these scripts; {remedy}"
+                      ) from None
+
+
 def load(run: Run, kind: str, device="cpu") -> dict:
-    """Read OUT/<kind>.pt; whatever is wrong with it becomes one line with the remedy."""
+    """Read OUT/<kind>.pt; if it does not fit the run, one line says how to make it again."""
     path = run.out / f"{kind}.pt"
     remedy = f"make it with: {command_for(run, kind)}"
     require(path.exists(), f"{path} not found; {remedy}")
-    try:
-        saved = read(path, device)
-        facts = saved["dataset"]
-        require([saved["kind"], saved["format"]] == [kind, FORMAT], "")
-    except Exception:                   # zip, pickle and torch each have their own errors
-        raise Mistake(f"{path} is damaged, or of another version of these scripts; {remedy}"
-                      ) from None
+    saved = read_whole(path, remedy, device)
     for stem, mark in saved["made_from"].items():
         source = run.out / f"{stem}.pt"
         require(not source.exists() or fingerprint(source) == mark,
                 f"{path} was made from another {stem}.pt; {remedy}")
+    facts = saved["dataset"]
     require(run.record.get("fingerprint", facts["fingerprint"]) == facts["fingerprint"],
             f"{path} was made from other images or labels; {remedy}")
     for key in run.binding:
@@ -1540,14 +1442,14 @@ def ece_interval(q, y, draws=200, seed=0) -> list:
     return values.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def reliability(q, y, low=0.05, high=0.95, bins=10, least=30) -> list:
-    """A dict per bin of the (image, class) pairs with low < q <= high, if it has `least`."""
+def reliability(q, y) -> list:
+    """A dict a bin, of ten, of the (image, class) pairs with 0.05 < q <= 0.95, if it has 30."""
     hits = F.one_hot(y, q.shape[1]).float()
-    edges = torch.linspace(low, high, bins + 1).tolist()
+    edges = torch.linspace(0.05, 0.95, 11).tolist()
     rows = []
-    for left, right in zip(edges, edges[1:]):
-        here = (q > left) & (q <= right)
-        if here.sum() >= least:
+    for low, high in zip(edges, edges[1:]):
+        here = (q > low) & (q <= high)
+        if here.sum() >= 30:
             rows.append({"stated": q[here].mean().item(),
                          "observed": hits[here].mean().item(), "pairs": int(here.sum())})
     return rows
@@ -1561,47 +1463,24 @@ def ranking(q, classes) -> str:
 # ---- progress and unfinished work -----------------------------------------------------------
 
 class Progress:
-    """What is done, and the time left: one rewriting line on a terminal, else plain lines."""
+    """What is done, and the time left: a line a second at most."""
 
-    def __init__(self, total, what, quiet=False, done=0, log: Path = None):
+    def __init__(self, total, what, quiet=False, done=0):
         self.total = total
         self.what = what
         self.quiet = quiet
-        self.log = log
         self.first = done
         self.start = time.monotonic()
-        if log and not done:
-            log.write_text("")
+        self.said = -1.0
 
-    def __call__(self, done, words="", **row):
-        if self.log:                    # rates and times, which differ from run to run
-            with self.log.open("a") as file:
-                file.write(json.dumps({"step": done, **row}) + "\n")
-        if self.quiet:
+    def __call__(self, done, words=""):
+        now = time.monotonic()
+        if self.quiet or now < self.said + 1 and done < self.total:
             return
-        spent = time.monotonic() - self.start
-        left = spent / max(done - self.first, 1) * (self.total - done)
-        when = f"{clock(left)} left" if done < self.total else f"in {clock(spent)}"
-        line = f"{self.what} {done:,}/{self.total:,}  {words}  {when}"
-        end = "\n"
-        if sys.stderr.isatty():
-            line = "\r\x1b[K" + line
-            end = "" if done < self.total else "\n"
-        print(line, end=end, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Seconds in human units.
-
-    >>> clock(8), clock(185), clock(7800)
-    ('8 s', '3:05 min', '2:10 h')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60}:{minutes % 60:02} h"
+        self.said = now
+        rate = (now - self.start) / max(done - self.first, 1)
+        left = timedelta(seconds=round(rate * (self.total - done)))
+        say(f"{self.what} {done:,}/{self.total:,}  {words}  {left} left")
 
 
 class Checkpoint:
@@ -1615,6 +1494,7 @@ class Checkpoint:
         require(run.settings["batch_size"] % RANKS == 0,
                 f"--batch-size is no multiple of the {RANKS} ranks")
         self.path = run.out / f"{name}.last.pt"
+        self.log = run.out / f"{name}.log.jsonl"        # rates, which differ from run to run
         self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
                       "device": run.device.type, "data": data.fingerprint,
                       "backbone": data.backbone,
@@ -1625,8 +1505,12 @@ class Checkpoint:
         self.history = []
         if RANK == 0 and self.path.exists():
             self.take_up(resume)
-        done = self.history[-1]["step"] if self.history else 0
-        self.progress = Progress(steps, name, run.quiet, done, run.out / f"{name}.log.jsonl")
+        done = 0
+        if self.history:
+            done = self.history[-1]["step"]
+        else:
+            self.log.write_text("")
+        self.progress = Progress(steps, name, run.quiet, done)
 
     def take_up(self, resume):
         """Go on from the file, if it fits; else keep it under another name."""
@@ -1650,9 +1534,11 @@ class Checkpoint:
 
     def keep(self, row: dict, words: str):
         """Report a row of training, add it to the history, write all of it down."""
-        rate = row.pop("images_per_second")             # it differs from run to run
+        rate = row.pop("images_per_second")
         self.state = row.pop("state")
-        self.progress(row["step"], f"{words}  {rate:,.0f} images/s", images_per_second=rate)
+        self.progress(row["step"], f"{words}  {rate:,.0f} images/s")
+        with self.log.open("a") as file:
+            print(json.dumps({"step": row["step"], "images_per_second": rate}), file=file)
         self.history.append(row)
         write(self.path, {"facts": self.facts, "state": self.state, "history": self.history})
 
@@ -1665,22 +1551,18 @@ COLOURS = ("#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 "
 MARKERS = "osD^vP*Xhd"
 
 
-def figure(width=10.0, height=5.0):
+def figure(width, height):
     """A matplotlib Figure by itself: no pyplot, no display. Inches."""
     import matplotlib.figure
     return matplotlib.figure.Figure((width, height), layout="constrained", dpi=130)
 
 
 def legible(names: list) -> list:
-    """Names as figures can show them: short, what the font lacks escaped, "$" no formula."""
-    from matplotlib import font_manager as fonts
-    bold = fonts.findfont(fonts.FontProperties(weight="bold"))  # it lacks more than the plain
-    known = fonts.get_font(bold).get_charmap()
+    """Names as figures can show them: short, and "$" begins no formula."""
     shown = []
     for name in names:
         short = name if len(name) <= 20 else f"{name[:19]}…"
-        letters = [letter if ord(letter) in known else ascii(letter)[1:-1] for letter in short]
-        shown.append("".join(letters).replace("$", r"\$"))
+        shown.append(short.replace("$", r"\$"))
     return shown
 
 
@@ -1699,9 +1581,9 @@ def show_images(axes, images, columns=1, caption=""):
         images = images / 255
     # White below and to the right of each image, and for the empty places of the last row.
     images = F.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=1)
-    rows = [torch.cat(list(row), 2) for row in images.split(columns)]
-    sheet = torch.cat(rows, 1)[:, :-1, :-1].clamp(0, 1).permute(1, 2, 0)
-    axes.imshow(sheet.squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    rows = images.clamp(0, 1).unflatten(0, (-1, columns))           # (rows, columns, C, H, W)
+    sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1]
+    axes.imshow(sheet.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(caption, fontsize=7.5, labelpad=3)
     axes.spines[:].set_visible(False)
@@ -1746,17 +1628,15 @@ def distance_field(font_name: str, digit: str):
     font.set_size(128, 72)              # large: hinting and flattened curves stay out of sight
     font.load_char(ord(digit))
     # Points as complex numbers x + iy; fonts count y upwards and images downwards, hence conj.
-    rings = []
-    for ring in path.Path(*font.get_path()).to_polygons():
-        rings.append(torch.view_as_complex(torch.tensor(ring)).conj())
+    rings = [torch.view_as_complex(torch.tensor(ring)).conj()
+             for ring in path.Path(*font.get_path()).to_polygons()]
     a = torch.cat([ring[:-1] for ring in rings])        # the outline's pieces lead from a to b
     b = torch.cat([ring[1:] for ring in rings])
     moves = a != b                      # a repeated point has no direction: 0 / 0 below
     a, b = a[moves], b[moves]
-    left, right = a.real.aminmax()
-    top, bottom = a.imag.aminmax()
-    middle = torch.complex(left + right, top + bottom) / 2
-    unit = 18 / (bottom - top)          # a digit is 18 pixels high
+    least, most = torch.view_as_real(a).aminmax(dim=0)
+    middle = torch.view_as_complex(least + most) / 2
+    unit = 18 / (most - least)[1]       # a digit is 18 pixels high
     a = ((a - middle) * unit).to(torch.complex64)
     b = ((b - middle) * unit).to(torch.complex64)
 
@@ -1789,9 +1669,8 @@ def draw_glyphs(fields, generator):
     wave = F.interpolate(noise, SIDE, mode="bicubic", align_corners=True)
     grid = grid + 0.05 * wave[:, :2].permute(0, 2, 3, 1)
     depth = F.grid_sample(fields[:, None], grid, padding_mode="border", align_corners=False)
-    depth = depth[:, 0]
     # Stroke weight is where the distances are cut, edge blur how gently: no morphology.
-    edge = depth + uniform(0.0, 0.7) + 0.2 * wave[:, 2]
+    edge = depth[:, 0] + uniform(0.0, 0.7) + 0.2 * wave[:, 2]
     ink = (0.5 + edge / uniform(1.0, 2.0)).clamp(0, 1)
     noise = uniform(0.0, 0.08) * torch.randn(ink.shape, generator=generator)
     grey = (ink * uniform(0.6, 1.0) + noise).clamp(0, 1)

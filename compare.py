@@ -473,7 +473,6 @@ def plan(run, args) -> Grid:
     """The data set, the sizes that it has images for, and the settings of each."""
     data = common.load_dataset(run)
     sizes = common.fit_sizes(args.sizes or SIZES, bool(args.sizes), len(data.labelled()))
-    common.say_if_few(sizes[0], data)
     unlabelled = args.unlabelled
     if unlabelled is None:
         unlabelled = len(data.unlabelled()) > 0

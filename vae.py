@@ -403,7 +403,7 @@ def command(run, args):
     metrics = {"train": score(model, images, run), "test": score(model, inputs.test(), run),
                "history": last.history}
     painter = model
-    content = inputs.fields()
+    content = dict(inputs.normal)
     if data.features is not None:       # so that every point has a picture
         common.say("learning to paint the points")
         codes, _ = encode_all(model, images, run.amp)
