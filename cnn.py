@@ -540,7 +540,9 @@ def with_hybrids(run, data, rows, inputs):
         guessed = ~saved["given"] & (saved["y"] >= 0)
         plain = made["settings"]["strategy"] == "images"
         if guessed.any():
-            q = one_hot(saved["y"][guessed], len(data.classes)) if plain else saved["pseudo"]
+            q = saved["pseudo"]
+            if plain:
+                q = F.one_hot(saved["y"][guessed], len(data.classes)).float()
             given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
     return given, sources
 

@@ -384,8 +384,9 @@ def mixed_rows(q, count):
     """`count` rows of q (M,K) that are less than MIXED one class, or else the most mixed."""
     import common
     top = q.amax(1)
-    order = top.argsort()[:max(count, int((top < MIXED).sum()))]
-    return order[common.spaced(len(order), min(count, len(order)))]
+    most = max(count, int((top < MIXED).sum()))
+    mixed = top.argsort()[:most].sort()[0]
+    return mixed[common.spaced(len(mixed), min(count, len(mixed)))]
 
 
 def headline(figure, title):

@@ -2,7 +2,7 @@
 
     python latent.py                              # runs/glyphs/vae.pt -> runs/glyphs/latent.pt
     python latent.py -o runs/mnist --image seven.png   # the percentages of a picture
-    python latent.py -o runs/mnist --point=-0.3,1.2,...      # of a latent point, D numbers
+    python latent.py -o runs/mnist --point=-0.3,1.2,0.8      # of a latent point, D numbers
     python latent.py --review                     # which labels to look at next: review.csv
 
 Reads:  vae.pt and its data set; deform.pt, where labels are spread to images without one.
