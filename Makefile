@@ -112,7 +112,7 @@ quick:
 test: $(TESTED)
 	$(PYTHON) -m pytest -q test_all.py
 
-# Minutes more: random kills, dead ranks, two ranks that train one model, memory.
+# Minutes more: a worker that is killed, two ranks of a comparison.
 test-slow: $(TESTED)
 	SLOW=1 $(PYTHON) -m pytest -q test_all.py
 

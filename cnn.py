@@ -126,7 +126,6 @@ class LinearClassifier(nn.Module):
 
 def penalty(model):
     """What the weights of a model cost, beside the loss, in nats."""
-    model = getattr(model, "module", model)             # of DistributedDataParallel
     l2 = model.config.get("l2", 0)
     return l2 / 2 * model.head.weight.square().sum() if l2 else 0
 
@@ -154,12 +153,11 @@ def steps_for(images, n=None, unlabelled: int = 0) -> int:
 
 def train(images, q, seed=0, *, made=None, pseudo_labelled=None, move=None, mix=None,
           share=(1.0, 0.0), augmentations=(), width=24, steps=None, batch_size=64, lr=3e-3,
-          weight_decay=0.05, rounds=10, amp=False, state=None, rank=0, ranks=1):
+          weight_decay=0.05, rounds=10, amp=False, state=None):
     """A classifier of labelled images, q (N,K) -> the model, and the rows of its training.
 
     See `batches` for what it sees. Nothing is trained before the rows are asked for: `for row
-    in rows`, see `fit`. The ranks of a process group, which the caller has made, share each
-    batch.
+    in rows`, see `fit`.
     """
     torch.manual_seed(seed)             # the initial weights
     channels, *sides = images.shape[1:]
@@ -167,11 +165,10 @@ def train(images, q, seed=0, *, made=None, pseudo_labelled=None, move=None, mix=
         model = CNN(channels, q.shape[1], width, max(sides)).to(images.device)
     else:                               # features, not channels
         model = LinearClassifier(channels, q.shape[1]).to(images.device)
-    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
-    next_batch = batches((images, q), batch_size // ranks, made, mix, share, augmentations,
-                         move, pseudo_labelled)
-    rows = fit(net, next_batch, steps=steps or steps_for(images), lr=lr,
+    generator = torch.Generator(images.device).manual_seed(seed)
+    next_batch = batches((images, q), batch_size, made, mix, share, augmentations, move,
+                         pseudo_labelled)
+    rows = fit(model, next_batch, steps=steps or steps_for(images), lr=lr,
                weight_decay=weight_decay, rounds=rounds, amp=amp, generator=generator,
                state=state)
     return model, rows
@@ -579,20 +576,16 @@ def command(run, args):
     model, training = train(
         images, q, run.seed, **given, share=share, augmentations=augmentations,
         width=args.width, steps=steps, batch_size=args.batch_size, lr=args.lr,
-        weight_decay=args.weight_decay, amp=run.amp, state=last.state, rank=common.RANK,
-        ranks=common.RANKS)
+        weight_decay=args.weight_decay, amp=run.amp, state=last.state)
     validation = inputs[data.validation]
     for row in training:
-        if common.RANK == 0:            # the first rank reports and writes
-            words = f"loss {row['loss']:.3f}"
-            if len(validation):
-                q = predict(model, validation, run.amp).softmax(1)
-                scores = common.scores(q, data.labels[data.validation])
-                row["validation"] = scores["accuracy"]
-                words += f"  validation {row['validation']:.1%}"
-            last.keep(row, words)
-    if common.RANK > 0:
-        return
+        words = f"loss {row['loss']:.3f}"
+        if len(validation):
+            q = predict(model, validation, run.amp).softmax(1)
+            scores = common.scores(q, data.labels[data.validation])
+            row["validation"] = scores["accuracy"]
+            words += f"  validation {row['validation']:.1%}"
+        last.keep(row, words)
 
     q = predict(model, inputs.test(), run.amp).softmax(1)
     _, guessed = given.get("pseudo_labelled", ([], []))

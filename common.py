@@ -225,12 +225,11 @@ class Run(argparse.Namespace):
         """Let other runs into the folder."""
         if self.lock:
             self.lock.close()
-        if RANKS > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def start(args) -> Run:
     """Settle which images, threads, device and arithmetic; make the working directory."""
+    require(RANKS == 1 or args.script == "compare.py", "start without torchrun")
     args.out = args.out or Path("runs", name_of(args.dataset or "glyphs"))
     run = Run(**vars(args))
     run.cores = torch.get_num_threads()         # or OMP_NUM_THREADS; torchrun sets it to 1
@@ -243,10 +242,6 @@ def start(args) -> Run:
     run.out.mkdir(parents=True, exist_ok=True)
     if run.writes and RANK == 0:        # torchrun's ranks are one run
         run.lock = lock_folder(run.out)
-    if RANKS > 1 and run.script != "compare.py":        # ranks that train one model
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        card_each = run.device.type == "cuda" and torch.cuda.device_count() >= here
-        torch.distributed.init_process_group("nccl" if card_each else "gloo")
     return run
 
 
@@ -1491,11 +1486,9 @@ class Checkpoint:
     """
 
     def __init__(self, run: Run, name: str, data: Dataset, steps: int, resume: bool, **facts):
-        require(run.settings["batch_size"] % RANKS == 0,
-                f"--batch-size is no multiple of the {RANKS} ranks")
         self.path = run.out / f"{name}.last.pt"
         self.log = run.out / f"{name}.log.jsonl"        # rates, which differ from run to run
-        self.facts = {**run.settings, **facts, "steps": steps, "ranks": RANKS, "amp": run.amp,
+        self.facts = {**run.settings, **facts, "steps": steps, "amp": run.amp,
                       "device": run.device.type, "data": data.fingerprint,
                       "backbone": data.backbone,
                       "code": fingerprint(Path(__file__).with_name(f"{name}.py"))}
@@ -1503,7 +1496,7 @@ class Checkpoint:
             self.facts.pop(key, "")
         self.state = None
         self.history = []
-        if RANK == 0 and self.path.exists():
+        if self.path.exists():
             self.take_up(resume)
         done = 0
         if self.history:
@@ -1520,8 +1513,7 @@ class Checkpoint:
             before = saved["facts"]
         differing = [f"{key} {before.get(key)}, now {value}"
                      for key, value in self.facts.items() if before.get(key) != value]
-        # It holds the random numbers of one rank only.
-        if resume and RANKS == 1 and not differing:
+        if resume and not differing:
             self.state = saved["state"]
             self.history = saved["history"]
             return
@@ -1558,11 +1550,15 @@ def figure(width, height):
 
 
 def legible(names: list) -> list:
-    """Names as figures can show them: short, and "$" begins no formula."""
+    """Names as figures can show them: short, what the font lacks escaped, "$" no formula."""
+    from matplotlib import font_manager as fonts
+    bold = fonts.findfont(fonts.FontProperties(weight="bold"))  # it lacks more than the plain
+    known = fonts.get_font(bold).get_charmap()
     shown = []
     for name in names:
         short = name if len(name) <= 20 else f"{name[:19]}…"
-        shown.append(short.replace("$", r"\$"))
+        letters = [letter if ord(letter) in known else ascii(letter)[1:-1] for letter in short]
+        shown.append("".join(letters).replace("$", r"\$"))
     return shown
 
 

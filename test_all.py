@@ -4355,16 +4355,9 @@ def test_a_signal_ends_a_grid_in_one_line_and_leaves_no_process(grid, tmp_path, 
 
 # ---- ranks ----------------------------------------------------------------------------------
 
-def test_a_rank_trains_its_share_and_the_first_one_alone_writes(grid, bare, tmp_path,
-                                                               monkeypatch, capsys):
+def test_a_rank_trains_its_share_of_a_comparison_and_no_single_network(grid, tmp_path,
+                                                                      monkeypatch, capsys):
     monkeypatch.setattr(common, "RANK", 1)
-    before = {name: (bare / name).read_bytes() for name in ("vae.pt", "cnn.pt")}
-    fits = [note_fits(monkeypatch, module) for module in (cnn, vae)]
-    assert run("cnn", "-o", bare, *STEMS["cnn"], "--hybrid-fraction", 0) == 0
-    assert run("vae", "-o", bare, *STEMS["vae"]) == 0
-    assert [fit.seed for fit, in fits] == [10**6] * 2   # each rank draws other numbers
-    assert {name: (bare / name).read_bytes() for name in before} == before
-    assert not list(bare.glob("*.last.pt"))
     monkeypatch.setattr(common, "RANKS", 2)
     words = [*GRID, "--dataset", grid / "tiny.npz", "-o", tmp_path / "new", "--jobs", 1]
     assert run(*words) == 0
@@ -4372,6 +4365,7 @@ def test_a_rank_trains_its_share_and_the_first_one_alone_writes(grid, bare, tmp_
     units = {name.rsplit("-", 2)[0] for name in cells_of(tmp_path / "new")}
     assert units == {"30-1", "12-1"}
     assert not (tmp_path / "new/compare.json").exists()
+    assert "start without torchrun" in mistake(capsys, "vae", "-o", tmp_path / "other")
 
 
 # ---- the make chain -------------------------------------------------------------------------

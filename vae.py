@@ -182,21 +182,19 @@ def steps_for(images, n=None) -> int:
 
 
 def train(images, seed=0, *, latent_dim=16, steps=None, batch_size=64, beta=1.0, lr=3e-3,
-          rounds=10, amp=False, state=None, rank=0, ranks=1):
+          rounds=10, amp=False, state=None):
     """A VAE of images as `as_input` accepts, or of features -> the model, and the rows of its
     training.
 
-    Nothing is trained before the rows are asked for: `for row in rows`, see `fit`. The ranks
-    of a process group, which the caller has made, share each batch.
+    Nothing is trained before the rows are asked for: `for row in rows`, see `fit`.
     """
     torch.manual_seed(seed)             # the initial weights
     if images.dim() == 2:
         model = FeatureVAE.of(images, latent_dim).to(images.device)
     else:
         model = VAE(*images.shape[1:], latent_dim=latent_dim).to(images.device)
-    net = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    generator = torch.Generator(images.device).manual_seed(seed + 10**6 * rank)
-    rows = fit(net, batches(images, batch_size // ranks), beta=beta, rounds=rounds, amp=amp,
+    generator = torch.Generator(images.device).manual_seed(seed)
+    rows = fit(model, batches(images, batch_size), beta=beta, rounds=rounds, amp=amp,
                steps=steps or steps_for(images), lr=lr, generator=generator, state=state)
     return model, rows
 
@@ -388,17 +386,13 @@ def command(run, args):
     last = common.Checkpoint(run, "vae", data, steps, args.resume)
     model, training = train(images, run.seed, latent_dim=args.latent_dim, steps=steps,
                             batch_size=args.batch_size, beta=args.beta, lr=args.lr,
-                            amp=run.amp, state=last.state, rank=common.RANK,
-                            ranks=common.RANKS)
+                            amp=run.amp, state=last.state)
     for row in training:
-        if common.RANK == 0:            # the first rank reports and writes
-            words = f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats"
-            if len(validation):
-                row["validation"] = score(model, validation, run)["negative_elbo"]
-                words += f" ({row['validation']:.1f} on validation)"
-            last.keep(row, words)
-    if common.RANK > 0:
-        return
+        words = f"negative ELBO {row['reconstruction'] + row['kl']:.1f} nats"
+        if len(validation):
+            row["validation"] = score(model, validation, run)["negative_elbo"]
+            words += f" ({row['validation']:.1f} on validation)"
+        last.keep(row, words)
 
     metrics = {"train": score(model, images, run), "test": score(model, inputs.test(), run),
                "history": last.history}
