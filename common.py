@@ -628,7 +628,10 @@ def array_dataset(name, arrays, side, remarks=()):
         for part in ORDER:
             require(len(arrays.get(f"f_{part}", [])) == parts.count(part),
                     f"f_{part} is not of as many images as x_{part}")
-        features = torch.from_numpy(np.concatenate(features)).float()
+        features = np.concatenate(features)
+        if features.dtype != np.float16:                # that takes half of the memory
+            features = features.astype(np.float32)
+        features = torch.from_numpy(features)
         require(features.dim() == 2 and features.isfinite().all(),
                 f"features of shape {tuple(features.shape)}, or NaN; wanted (N,F), finite")
         data.features, data.test_features = data.split(features)
