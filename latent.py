@@ -580,8 +580,8 @@ def suspects(q, y):
 
     -> rows, the likeliest to be wrong first, and the class that each should have. As in
     confident learning (Northcutt et al. 2021), each class is measured by what the images that
-    are labelled so have of it on average: wrong are those that have as much of another class.
-    The order is that of q(y) to q(that class).
+    are labelled so have of it on average: as many are wrong as have as much of another class.
+    Which ones, q(y) to q(that class) says.
     """
     one_hot = F.one_hot(y, q.shape[1]).to(q)
     usual = (one_hot * q).sum(0) / one_hot.sum(0).clamp(min=1)
@@ -590,7 +590,7 @@ def suspects(q, y):
     best, claim = measured.where(one_hot == 0, 0).max(1)
     odds = of_label.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
     order = odds.argsort(stable=True)
-    rows = order[(odds[order] < 0) & (best[order] >= 1)]
+    rows = order[:int(((odds < 0) & (best >= 1)).sum())]
     return rows, claim[rows]
 
 
