@@ -46,7 +46,7 @@ ifeq ($(BACKBONE),)
 MOVES  := $(OUT)/deform.pt
 endif
 ENOUGH := $(if $(SIZES),--sizes $(SIZES))
-MAIN   := real augment elastic mixup mixup+cutmix deform deform+mixup real+hybrid \
+MAIN   := real mixup augment elastic mixup+cutmix deform deform+mixup deform+cutmix real+hybrid \
           'undeformed hybrid' augment+mixup augment+hybrid
 CHECKS := real mixup cutmix mixup+cutmix deform 'deformed images' 'undeformed hybrid' \
           'cross-faded hybrid' real+hybrid 'weight labels' 'density labels' 'no residual' \

@@ -3,13 +3,15 @@
     python assets/bench.py                          # make bench; three rounds, some minutes
     python assets/bench.py --data-dir ../shared/data --rounds 1
     python assets/bench.py --scaling                # cost as work grows, in some minutes
+    python assets/bench.py --cost mnist 100 1000    # of one network, plain and of hybrids
 
 Each round runs ours and theirs in turn, so that a machine whose speed varies is fair to both;
 the table has medians. A recipe is what a learner would write: PIL images, a DataLoader,
 float32, default layout. No other work beside it, please.
 
 Reads:  MNIST.
-Writes: assets/bench.json; with --scaling assets/scaling.json and assets/scaling.png.
+Writes: assets/bench.json; with --scaling assets/scaling.json and assets/scaling.png; with
+        --cost a line of assets/cost.json.
 """
 import argparse
 import json
@@ -31,6 +33,7 @@ ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 import cnn          # noqa: E402
 import common       # noqa: E402
+import compare      # noqa: E402
 import latent       # noqa: E402
 import vae          # noqa: E402
 
@@ -320,6 +323,35 @@ def draw_scaling(rows):
     return fig
 
 
+# ---- cost of one network --------------------------------------------------------------------
+
+def network_cost(dataset, root, n):
+    """Seconds of one core to train on subset 0 of n images: plain, and with all of hybrids."""
+    with tempfile.TemporaryDirectory() as out:
+        args = compare.parse_args(["--dataset", dataset, "--data-dir", root, "-o", out,
+                                   "--sizes", str(n), "--seeds", "1"])
+        run = common.start(args)
+        grid = compare.plan(run, args)
+        unit = compare.Unit(grid, n, 0)
+        start = time.process_time()
+        unit.train(compare.ARMS["real"])
+        plain = time.process_time() - start
+        unit.train(compare.ARMS["real+hybrid"])         # deformations, VAE, hybrids, network
+        both = time.process_time() - start
+        run.release()
+    return {"set": grid.data.name, "n": n, "plain": round(plain, 1),
+            "hybrids": round(both - plain, 1)}
+
+
+def record_cost(line, facts):
+    """Put a line into cost.json, in place of the last one of its kind."""
+    path = ASSETS / "cost.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in rows if (row["set"], row["n"]) != (line["set"], line["n"])]
+    common.write(path, {"command": "python assets/bench.py --cost", "machine": facts,
+                        "rows": [*rows, line]})
+
+
 # ---- command --------------------------------------------------------------------------------
 
 def main():
@@ -328,6 +360,8 @@ def main():
                         "where it is there, else data")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument("--scaling", action="store_true", help="measure cost as work grows")
+    parser.add_argument("--cost", nargs="+", metavar=("DATASET", "N"),
+                        help="measure the seconds of one network of so many images")
     args = parser.parse_args()
     root = args.data_dir
     if root is None:
@@ -345,6 +379,10 @@ def main():
             common.write(ASSETS / "scaling.json",
                          {"command": "assets/bench.py --scaling", **facts, "rows": rows})
             common.write(ASSETS / "scaling.png", draw_scaling(rows))
+        elif args.cost:
+            dataset, *sizes = args.cost
+            for n in map(int, sizes):
+                record_cost(network_cost(dataset, root, n), {**facts, "threads": 1})
         else:
             facts["rows"] = side_by_side(data, run, root, args.rounds)
             record(facts)
