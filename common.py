@@ -1441,7 +1441,7 @@ def ece_interval(q, y, draws=200, seed=0) -> list:
 
 
 def reliability(q, y) -> list:
-    """A dict a bin, of ten, of the (image, class) pairs with 0.05 < q <= 0.95, if it has 30."""
+    """A dict a bin, of ten, of the (image, class) pairs, 0.05 < q <= 0.95, if it has 30."""
     hits = F.one_hot(y, q.shape[1]).float()
     edges = torch.linspace(0.05, 0.95, 11).tolist()
     rows = []
