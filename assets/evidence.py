@@ -367,15 +367,14 @@ def tally():
     everything = rows_of()
     grey = rows_of(GREY)
     colour = rows_of(("CIFAR-10",))
-    newest = [row for row in everything if measured(row, "deform+cutmix")]
     pairs = [
         (everything, "real+hybrid", "real"),
         (everything, "real+hybrid", "mixup"),
         (everything, "real+hybrid", "augment"),
         (grey, "real+hybrid", "elastic"),
         (everything, "real+hybrid", "deform"),
-        (grey, "real+hybrid", "deform+mixup"),
-        (newest, "real+hybrid", "deform+cutmix"),
+        (everything, "real+hybrid", "deform+mixup"),
+        (everything, "real+hybrid", "deform+cutmix"),
         (colour, "real+hybrid", "mixup+cutmix"),
         (colour, "augment+hybrid", "augment"),
     ]
@@ -383,6 +382,7 @@ def tally():
             "worse"]
     lines = []
     for rows, arm, other in pairs:
+        rows = [row for row in rows if measured(row, other)]
         cells = [f"{arm}, to {other}", str(len(rows))]
         for key in ("accuracy", "nll"):
             cells += count(rows, arm, other, key)
@@ -578,7 +578,7 @@ def aims_labels():
                       "above 0 in accuracy or NLL",
                       f"{pm((gain, half))}, NLL {pm((less, error), 3)}", yes(reached)])
     with_others = values(Row("CIFAR-10", "cifar10-all", 300), "augment+hybrid")
-    without = values(Row("CIFAR-10", "cifar10", 300), "augment+hybrid")
+    without = values(Row("CIFAR-10", file_of("cifar10", 300), 300), "augment+hybrid")
     gain, half = compare.interval([with_others[seed] - without[seed] for seed in without])
     lines.append(["augment+hybrid, CIFAR-10, 300 labels, over no unlabelled images",
                   "0 in the interval, or above", pm((gain, half)), yes(gain + half >= 0)])
