@@ -4,6 +4,9 @@
 
 DATASET ?= glyphs
 DATA    ?= data
+# One spelling of a path: the stamps hold it.
+override DATASET := $(if $(wildcard $(DATASET)),$(patsubst \
+                    $(CURDIR)/%,%,$(abspath $(DATASET))),$(DATASET))
 # The last part of the path, whole; a file without its ending.
 RUN     := $(patsubst %.npz,%,$(notdir $(abspath $(DATASET))))
 OUT     ?= runs/$(RUN)

@@ -293,12 +293,13 @@ def command_for(run: Run, stem: str, **changes) -> str:
     if f"{stem}.py" != run.script:
         changed = record_of(run.out, stem).get("changed", {})
     settings = {**changed, **run.which, **changes}
+    recorded = run.record.get("which", {})              # else it would be taken over again
     if run.script == "compare.py" and run.record:       # which has subsets of its own
         settings["seed"] = run.record["which"]["seed"]
     words = []
     for key, value in settings.items():
         flag = key.replace("_", "-")
-        if value == WHICH.get(key):
+        if value == WHICH.get(key) == recorded.get(key, value):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -903,12 +904,16 @@ def cached(run, name: str, keys: list, make) -> dict:
     for path in folder.iterdir():
         with contextlib.suppress(Exception):            # a damaged file is made anew
             with np.load(path) as file:
-                kept.update(zip(file["keys"].tolist(), file["values"]))
+                values = file["values"]
+                require(file["mark"] == fingerprint(values.tobytes()), "")
+                kept.update(zip(file["keys"].tolist(), values))
     missing = [key for key in keys if key not in kept]
     progress = Progress(len(missing), name, run.quiet)
     for start in range(0, len(missing), PART):
         made = make(missing[start:start + PART])
-        content = {"keys": list(made), "values": list(made.values())}
+        values = np.array(list(made.values()))
+        content = {"keys": list(made), "values": values,
+                   "mark": fingerprint(values.tobytes())}
         write(folder / f"{missing[start]}.npz", content)
         kept.update(made)
         progress(min(start + PART, len(missing)))
