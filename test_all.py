@@ -2650,8 +2650,7 @@ def test_one_image_whose_channels_differ_makes_all_colour(tmp_path, part, gap, c
 
 @pytest.mark.parametrize("grounds, ground, inverted", [
     ([10] * 24 + [240], 250, False),    # 4% of the training images are so
-    ([10], 250, True),
-    ([240], 5, True), ([20], 160, True),
+    ([10], 250, True), ([240], 5, True), ([20], 160, True),
     ([100], 170, False)])               # its negative is hardly nearer
 def test_what_no_training_image_was_like_is_inverted(tmp_path, grounds, ground, inverted):
     levels = np.resize(grounds, 200)[:, None, None]
