@@ -60,12 +60,12 @@ class Deformations:
 
         The strength is the one under which held-out images are predicted best, if the gain is
         above MARGIN; mirror images are allowed if their gain is above two standard errors,
-        too. Without two images of one class nothing moves. Raises ValueError where images and
-        labels differ in number, or labels are no integers (N,).
+        too. Without two images of one class nothing moves; images of label -1 have none.
+        Raises ValueError where images and labels differ in number, or labels are no integers.
         """
         y = as_labels(y, len(images))
         order = torch.randperm(len(images), device=images.device, generator=generator)
-        rows = order[:most]
+        rows = order[y[order] >= 0][:most]
         x = small(as_input(images[rows]).mean(1, keepdim=True))     # where, not which colour
         _, y = y[rows].unique(return_inverse=True)      # 0..K-1, whatever they were
         i, j = same_class_pairs(y, generator)
@@ -109,10 +109,14 @@ class Deformations:
         return self.flow(torch.randn(size, device=self.directions.device, generator=generator))
 
     def __call__(self, x, q, generator, share=1.0):
-        """x (B,C,H,W) in [0,1], q (B,K) -> a `share` of the images deformed, q as it is."""
+        """x (B,C,H,W) in [0,1], q (B,K) -> a `share` of the images deformed, q as it is.
+
+        In the workers of a DataLoader each draws numbers of its own.
+        """
         if x.shape[2:] != (self.height, self.width):
             raise ValueError(f"images {tuple(x.shape)}; these deformations were learned from "
                              f"images of {self.height}x{self.width} pixels")
+        reseed(generator)
         if self.mirror:
             chance = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
             x = torch.where(chance < 0.5, x.flip(3), x)
@@ -160,6 +164,13 @@ class Deformations:
         return torch.cat(parts)
 
 
+def reseed(generator):
+    """The workers of a DataLoader have copies of a generator: each gets a seed of its own."""
+    worker = torch.utils.data.get_worker_info()
+    if worker and generator and generator.initial_seed() != worker.seed:
+        generator.manual_seed(worker.seed)
+
+
 def as_labels(y, count):
     """Labels as int64 (N,). Raises ValueError where they are no integers, one an image."""
     y = torch.as_tensor(y)
@@ -172,8 +183,10 @@ def as_labels(y, count):
 def as_input(images):
     """uint8 or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Raises ValueError for other ranges.
+    Raises ValueError for other ranges and shapes.
     """
+    if images.dim() != 4:
+        raise ValueError(f"images of shape {tuple(images.shape)}; wanted (B,C,H,W)")
     x = images.float()
     if images.dtype == torch.uint8:
         x = x / 255

@@ -287,8 +287,8 @@ class HybridMixer:
     Between the codes of each image and another one of the batch; `rule`, `cut` and `moves` as
     of `make`. encode: x (B,C,H,W) in [0,1] -> mu, logvar (B,D); decode: z (B,D) -> images;
     posterior: z -> q (B,K), as latent.fit_labeller makes it. x float in [0,1] or uint8, y
-    integer labels (B,). In the workers of a DataLoader each draws numbers of its own, new ones
-    every epoch. Raises ValueError for a batch that has been normalised, or other labels.
+    integer labels (B,), 0..K-1. In the workers of a DataLoader each draws numbers of its own.
+    Raises ValueError for a batch that has been normalised, or other labels.
     """
     encode: Callable
     decode: Callable
@@ -297,7 +297,6 @@ class HybridMixer:
     generator: torch.Generator | None = None
     cut: bool | None = None
     moves: Callable | None = None
-    seeded: int | None = None           # by which worker's seed
 
     @torch.no_grad()
     def __call__(self, x, y):
@@ -306,10 +305,12 @@ class HybridMixer:
         if x.dim() == 4 and not (low >= 0 and high <= 1):
             raise ValueError(f"the batch spans {low:g} to {high:g}; mix images in [0, 1], and "
                              "normalise them afterwards")
-        if y.shape != x.shape[:1] or y.is_floating_point():
+        classes = len(self.posterior.prior)
+        whole = y.shape == x.shape[:1] and not y.is_floating_point()
+        if not whole or y.min() < 0 or y.max() >= classes:
             raise ValueError(f"labels of shape {tuple(y.shape)}, {y.dtype}; wanted one "
-                             "integer an image")
-        self.reseed()
+                             f"integer an image, in 0..{classes - 1}")
+        reseed(self.generator)
         mu, _ = self.encode(x)
         codes = SimpleNamespace(mu=mu, y=y.long(), posterior=self.posterior)
         every = torch.arange(len(x), device=x.device)
@@ -319,12 +320,12 @@ class HybridMixer:
                        moves=self.moves, generator=self.generator)
         return made.x, made.q
 
-    def reseed(self):
-        """A worker has a copy of the generator: alike, all would make the same hybrids."""
-        worker = torch.utils.data.get_worker_info()
-        if worker and self.generator and self.seeded != worker.seed:
-            self.generator.manual_seed(worker.seed)
-            self.seeded = worker.seed
+
+def reseed(generator):
+    """The workers of a DataLoader have copies of a generator: each gets a seed of its own."""
+    worker = torch.utils.data.get_worker_info()
+    if worker and generator and generator.initial_seed() != worker.seed:
+        generator.manual_seed(worker.seed)
 
 
 # ---- command --------------------------------------------------------------------------------

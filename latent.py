@@ -297,7 +297,12 @@ def fit_labeller(mu, logvar, y, classes, of_features=False):
 
     T = 1/s, s the leave-one-out accuracy above guessing, b the lowest hundredth. Among
     features a Gaussian a class knows more, and hardly depends on one code: none is left out.
+    Raises ValueError for labels y (N,) that are not integers in 0..classes-1.
     """
+    whole = y.shape == mu.shape[:1] and not y.is_floating_point()
+    if not whole or y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"labels of shape {tuple(y.shape)}, {y.dtype}; wanted one integer a "
+                         f"code, in 0..{classes - 1}")
     if of_features:
         posterior = Gaussian.fit(mu, logvar, y, classes, quantile=0.01)
         log_density = posterior.log_density(mu.float())

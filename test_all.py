@@ -1038,19 +1038,32 @@ def test_a_mixer_cuts_colour_unless_told_otherwise(channels, told, cut):
     (lambda x, y: (255 * x, y), "mix images in .0, 1., and normalise them after"),
     (lambda x, y: (x, y.float()), "wanted one integer an image"),
     (lambda x, y: (x, y[:9]), "wanted one integer an image"),
-    (lambda x, y: (x, F.one_hot(y)), "wanted one integer an image")])
+    (lambda x, y: (x, F.one_hot(y)), "wanted one integer an image"),
+    (lambda x, y: (x, y - 1), "wanted one integer an image, in 0..2"),
+    (lambda x, y: (x, y + 1), "wanted one integer an image, in 0..2")])
 def test_a_mixer_refuses_other_ranges_and_other_labels(change, line):
     with pytest.raises(ValueError, match=line):
         mixer_of()(*change(*shades()))
 
 
-def test_the_workers_of_a_loader_mix_in_ways_of_their_own_anew_every_epoch():
-    mixer = mixer_of()
+def mixed_by_worker(generator):
+    mixer = mixer_of(generator=generator)
+    return lambda row: mixer(*shades())[1]
+
+
+def moved_by_worker(generator):
+    moves = deformations()
+    x = torch.rand(8, 1, 16, 16, generator=seeded())
+    return lambda row: moves(x, None, generator)[0]
+
+
+@pytest.mark.parametrize("work", [mixed_by_worker, moved_by_worker])
+def test_the_workers_of_a_loader_draw_numbers_of_their_own_anew_every_epoch(work):
     runs = []
     for _ in range(2):
         loader = torch.utils.data.DataLoader(
             range(4), num_workers=2, generator=seeded(5), multiprocessing_context="fork",
-            collate_fn=lambda row: mixer(*shades())[1])
+            collate_fn=work(seeded()))
         runs.append([*loader, *loader])
     for one, other in itertools.combinations(runs[0], 2):
         assert not torch.equal(one, other)
@@ -1460,7 +1473,7 @@ def test_what_images_say_depends_on_the_generator_and_not_on_their_kind_of_numbe
     first, second = (TRUE_FIT(x, y, seeded()) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert first.losses == second.losses
-    other = TRUE_FIT(x.expand(-1, 3, -1, -1) / 255, (7 * y.int() - 5).tolist(), seeded())
+    other = TRUE_FIT(x.expand(-1, 3, -1, -1) / 255, (7 * y.int() + 5).tolist(), seeded())
     covariances = [moves.directions @ moves.directions.T for moves in (first, other)]
     close(*covariances, atol=1e-4, rtol=0)
 
@@ -1471,6 +1484,24 @@ def test_without_two_images_of_a_class_nothing_moves(y):
     assert moves.words() == "no deformations"
     x = torch.rand(5, 1, 16, 16, generator=seeded())
     assert moves(x, None, seeded())[0] is moves.gently(x, None, seeded())[0] is x
+
+
+def test_images_without_a_label_do_not_say_how_their_like_move():
+    x, y = set_that_moves(24)
+    some = torch.arange(len(y)) % 3 > 0
+    moves = TRUE_FIT(x, y.where(some, -1), seeded())
+    wanted = TRUE_FIT(x[some], y[some], seeded())
+    assert moves.strength == wanted.strength
+    others = torch.rand(len(x), 1, 16, 16, generator=seeded())
+    close(TRUE_FIT(others.where(~some[:, None, None, None], x), y.where(some, -1),
+                   seeded()).directions, moves.directions)
+
+
+@pytest.mark.parametrize("y", [torch.tensor([0, 1, 2, -1]), torch.tensor([0, 1, 2, 3]),
+                               torch.eye(4), torch.zeros(4), torch.zeros(3).long()], ids=str)
+def test_a_labeller_refuses_labels_that_are_no_integers_of_its_classes(y):
+    with pytest.raises(ValueError, match="wanted one integer a code, in 0..2"):
+        latent.fit_labeller(noise(4, 2), noise(4, 2), y, 3)
 
 
 @pytest.mark.parametrize("y", [
@@ -1914,6 +1945,14 @@ def test_images_of_any_kind_of_number_are_read_alike(dtype):
 def test_images_outside_their_range_are_refused(ask, spoil):
     with pytest.raises(ValueError, match=r"images span .* wanted floats in .0, 1., or uint8"):
         ask(spoil(easy(9)[0]))
+
+
+@pytest.mark.parametrize("fit", [
+    lambda x: vae.batches(x, 5)(seeded()),
+    lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded())], ids=["vae.batches", "fit"])
+def test_images_without_channels_are_refused_by_their_shape(fit):
+    with pytest.raises(ValueError, match=r"images of shape .*, 16, 16\); wanted .B,C,H,W."):
+        fit(easy(9)[0][:, 0])
 
 
 # ---- each file by itself --------------------------------------------------------------------
