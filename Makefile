@@ -140,8 +140,11 @@ evidence: $(READY)
 	.venv/bin/python -m pip install -q $(PIP_ARGS) pytest
 	touch $@
 
+# A person's labels stay.
 clean:
-	rm -rf runs/*
+	@mkdir -p runs
+	find runs -mindepth 1 ! -type d ! -name labels.csv -delete
+	find runs -mindepth 1 -type d -empty -delete
 
 help:
 	@echo 'make all       the whole chain into $(OUT)'
@@ -149,7 +152,7 @@ help:
 	@echo 'make test      the tests; make test-slow: those of minutes, too'
 	@echo 'make bench     time it, on MNIST'
 	@echo 'make evidence  the large comparison (hours; goes on where it stopped)'
-	@echo 'make clean     remove everything below runs/'
+	@echo 'make clean     remove everything below runs/ but labels.csv'
 	@echo 'Variables: DATASET=$(DATASET) DATA=$(DATA) OUT=$(OUT) SIZES="$(SIZES)" SEEDS=$(SEEDS)'
 	@echo '           IMAGES=$(IMAGES) LABELS=$(LABELS) LABELS_FROM=$(LABELS_FROM) SEED=$(SEED)'
 	@echo '           BACKBONE=$(BACKBONE) (for photographs: see README)'

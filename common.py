@@ -238,6 +238,8 @@ def start(args) -> Run:
     if run.amp is None:
         run.amp = bfloat16_is_fast(run.device)
     settle(run)
+    require(not holds_pictures(run.out.resolve(), Path(run.dataset).resolve()),
+            f"{run.out} holds pictures of the data set; give another -o")
     run.settings.update(run.which)
     run.out.mkdir(parents=True, exist_ok=True)
     if run.writes and RANK == 0:        # torchrun's ranks are one run
@@ -274,8 +276,9 @@ def settle(run):
     if stem == "compare":               # it draws many subsets, and from any seed on
         run.binding = run.binding[:3]
     for key in run.binding if run.bound else []:
-        require(run.which[key] == known[key], f"{key} {run.which[key]}: {run.out}/{run.source}"
-                f".pt was made with {known[key]}; make it again with: "
+        flag = key.replace("_", "-")
+        require(run.which[key] == known[key], f"--{flag} {run.which[key]}: {run.out}/"
+                f"{run.source}.pt was made with {known[key]}; make it again with: "
                 f"{command_for(run, run.source)}; or give another -o")
 
 
@@ -306,6 +309,12 @@ def command_for(run: Run, stem: str, **changes) -> str:
         else:
             words += [f"--{flag}", *map(str, np.ravel(value))]          # of a list all
     return shlex.join(["python", f"{stem}.py", *words, "-o", str(run.out)])
+
+
+def holds_pictures(out: Path, root: Path) -> bool:
+    """Is a working directory the data set, or a folder of pictures in it?"""
+    inside = root in out.parents and out.is_dir() and not is_hidden(out)
+    return root.is_dir() and (out == root or inside and bool(pictures_in(out)))
 
 
 def lock_folder(out):
@@ -389,6 +398,11 @@ class Dataset:
         if isinstance(source, Path):
             return upright(source, self.white)
         return Image.fromarray(source.transpose(1, 2, 0).squeeze()).convert("RGB")
+
+    def mark(self, row: int) -> str:
+        """What tells the picture of a row, as it came, from others."""
+        source = self.originals[row]
+        return fingerprint(source if isinstance(source, Path) else source.tobytes())
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -666,7 +680,7 @@ def as_images(arrays):
             array = np.moveaxis(array, -1, 1)
         shaped.append(array)
     kinds = {(*array.shape[1:], str(array.dtype)) for array in shaped}
-    require(len(kinds) == 1, f"images of {kinds}; wanted one shape and one type")
+    require(len(kinds) == 1, f"images of {sorted(kinds)}; wanted one shape and one type")
     pixels = np.concatenate(shaped)
     require(pixels.ndim == 4 and pixels.shape[1] in (1, 3) and pixels.size,
             f"images of shape {pixels.shape}; wanted (N,H,W) or (N,H,W,1 or 3)")
@@ -674,6 +688,8 @@ def as_images(arrays):
     white, remarks = white_of(max(peaks), pixels.dtype.kind != "f")
     require(white == 1 or not any(0 < peak <= 1 for peak in peaks),
             f"the highest pixels of the parts are {peaks}; wanted one scale")
+    if len({white_of(peak, True)[0] for peak in peaks}) > 1:
+        remarks = [f"the highest pixels of the parts are {peaks}: all are read as [0, {white}]"]
     images = torch.from_numpy(np.ascontiguousarray(to_bytes(pixels, white)))
     return images, 1 if pixels.dtype == np.uint8 else white, remarks
 
@@ -786,16 +802,18 @@ def find_samples(root) -> dict:
 
 def find_parts(root) -> dict:
     """{"train": a folder of classes, "test": ...}; of one without parts, {"train": root}."""
-    folders = subfolders(root)
-    parts = {PARTS[path.name.lower()]: path for path in folders if path.name.lower() in PARTS}
-    if parts.keys() <= {"unlabelled"}:
-        renames = {hinted_part(path.name): f"{path.name}/ to {hinted_part(path.name)}/"
-                   for path in folders if path not in parts.values()}
-        renames.pop(None, "")
-        require(len(renames) < 2, f"{root}: are these parts of the data set? then rename "
-                f"{' and '.join(renames.values())}; else call these classes something else")
-        return {"train": root}
-    return parts
+    parts = {}
+    renames = {}
+    for path in subfolders(root):
+        hint = hinted_part(path.name)
+        if path.name.lower() in PARTS:
+            parts[PARTS[path.name.lower()]] = path
+        elif hint:
+            renames[hint] = f"{path.name}/ to {hint}/"
+    of_classes = parts.keys() <= {"unlabelled"}         # one of them may be called test strip
+    require(len(renames) <= of_classes, f"{root}: are these parts of the data set? then rename "
+            f"{' and '.join(renames.values())}; else call them something else")
+    return {"train": root} if of_classes else parts
 
 
 def hinted_part(name) -> str | None:
@@ -821,6 +839,9 @@ def class_samples(folder, part) -> dict:
             f"{classes[0].name}/; if the folders there are the classes, give {classes[0]}, or "
             "move them one up")
     for path in classes:
+        for place in subfolders(path):
+            require(place.name.lower() not in PARTS, f"{place}: is this a part of the data set? "
+                    f"then call it {folder}/{place.name}/{path.name}; else something else")
         require(hinted_part(path.name) != "unlabelled", f"{path}: have these images no label? "
                 "then rename it unlabelled, among those for training; else call it otherwise")
         files = pictures_in(path)
@@ -870,12 +891,12 @@ def read_pictures(files, root, run):
                 answers[mark] = question(file_of[mark])
         return answers
 
-    peaks = cached(run, "peaks", marks, functools.partial(ask, deep_peak))
+    peaks = cached(run, "peaks", "white levels", marks, functools.partial(ask, deep_peak))
     found = np.array([(0, True), *peaks.values()])
     white, remarks = white_of(found[:, 0].max(), found[:, 1].all())
     read = functools.partial(read_image, size=(run.image_size, run.image_size), white=white)
     kind = f"images-{run.image_size}-{white}"
-    kept = cached(run, kind, marks, functools.partial(ask, read))
+    kept = cached(run, kind, "pictures", marks, functools.partial(ask, read))
     damaged = [file.relative_to(root).as_posix()
                for mark, file in file_of.items() if mark not in kept]
     if damaged:
@@ -893,7 +914,7 @@ def mark_of(file, root) -> str:
     return fingerprint(facts.encode())
 
 
-def cached(run, name: str, keys: list, make) -> dict:
+def cached(run, name: str, what: str, keys: list, make) -> dict:
     """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
 
     These are made and kept PART at a time: an interruption loses little.
@@ -908,7 +929,7 @@ def cached(run, name: str, keys: list, make) -> dict:
                 require(file["mark"] == fingerprint(values.tobytes()), "")
                 kept.update(zip(file["keys"].tolist(), values))
     missing = [key for key in keys if key not in kept]
-    progress = Progress(len(missing), name, run.quiet)
+    progress = Progress(len(missing), what, run.quiet)
     for start in range(0, len(missing), PART):
         made = make(missing[start:start + PART])
         values = np.array(list(made.values()))
@@ -1099,7 +1120,7 @@ def add_features(run, data):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
-    known = cached(run, f"features-{mark}", keys, look)
+    known = cached(run, f"features-{mark}", "features", keys, look)
     torch.set_num_threads(threads)
     features = torch.from_numpy(np.stack([known[key] for key in keys]))
     data.features, data.test_features = data.split(features)
@@ -1274,8 +1295,6 @@ def correct_labels(data, file):
         name = line["new_label"]
         if not name:
             continue
-        of = line.get("data_set") or data.name          # review.csv says whose images they are
-        require(of == data.name, f"{file}: {image} is an image of {of}, not of {data.name}")
         require(given.setdefault(image, name) == name,
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
         require(name in data.classes, f"{file}: {image} is given the class {name!r}; the "
@@ -1285,7 +1304,11 @@ def correct_labels(data, file):
                 f"{file}: {data.name} has no image {image!r}; they are called "
                 f"{data.names[0]} and so on, see latent.csv")
         if image in rows:
-            labels[rows[image]] = label
+            row = rows[image]
+            require(line.get("mark") in (None, "", data.mark(row)), f"{file}: {image} is "
+                    "another picture than the one that was looked at; remove the line, or its "
+                    "mark")
+            labels[row] = label
     require(given, f"{file}: no line has a new label; write some into its column new_label")
     data.labels, data.test_labels = data.split(labels)
     data.remarks.append(f"{len(given):,} labels are those of {file}")
@@ -1337,15 +1360,19 @@ def read_table(file: Path, wanted: list) -> list:
     """A dict a line of a table with these columns, whose cells are in NFC and stripped."""
     try:
         text = file.read_bytes().decode("utf-8-sig")    # with every CR
+        if text.startswith("sep="):     # which says what is between cells, to spreadsheets
+            text = text.partition("\n")[2]
         mark = max(",;\t", key=text.partition("\n")[0].count)  # some spreadsheets write ";"
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+        heads = [head.strip().lower() for head in next(rows, [])]
+        lines = [dict(zip(heads, row + [""] * len(heads))) for row in rows if row]
     except (UnicodeDecodeError, csv.Error):
         raise Mistake(f"{file} is no table of text in UTF-8; save it as CSV UTF-8") from None
     for line in lines:
         for column in wanted:
             require(column in line,
                     f"{file} has no column {column}; wanted {','.join(wanted)}")
-            line[column] = readable(line[column] or "").strip()
+            line[column] = readable(line[column]).strip()
     return lines
 
 

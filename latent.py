@@ -9,7 +9,6 @@ Reads:  vae.pt and its data set; deform.pt, where labels are spread to images wi
 Writes: latent.pt latent.json latent.png, latent.csv; with --review review.csv review.png.
 """
 import functools
-import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -636,7 +635,7 @@ def words(q, classes) -> str:
 REVIEWED = 100                          # most images of a kind in review.csv
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
-COLUMNS = "image new_label why label likeliest sure data_set".split()
+COLUMNS = "image new_label why label likeliest sure mark".split()
 # The densities, what is tried of their bandwidth or shrinkage, and what is usual.
 KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
          "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
@@ -705,8 +704,9 @@ def draw_map(axes, mu, y, classes, posterior, generator, given):
     boxes = draw_crosses(axes, flat[crosses])
     for k in crosses.tolist():
         write_near(axes, words(q[k], classes), flat[k], boxes, size=9.5, zorder=10)
+    reach = 100 if len(centres) <= 20 else 20           # else lines lead everywhere
     for c, centre in centres.items():
-        write_near(axes, classes[c], centre, boxes, size=11, weight="bold", zorder=9,
+        write_near(axes, classes[c], centre, boxes, reach, size=11, weight="bold", zorder=9,
                    ec=common.COLOURS[c % 10])
 
 
@@ -734,35 +734,40 @@ def ellipse(xy):
 
 def draw_crosses(axes, points) -> list:
     """Draw an X at points (n,2) -> the box of each, in pixels, which no text should cover."""
-    from matplotlib.transforms import Bbox
     axes.plot(*points.T, "x", color="black", ms=9, mew=2.2)
     axes.figure.figure.draw_without_rendering()         # settles the layout, and so the pixels
-    pixels = axes.transData.transform(points)
-    return [Bbox([pixel, pixel]).padded(11) for pixel in pixels]
+    pixels = torch.from_numpy(axes.transData.transform(points))
+    return [torch.cat([pixel - 11, pixel + 11]) for pixel in pixels]
 
 
-def write_near(axes, text, point, boxes, ec="none", **look):
+def write_near(axes, text, point, boxes, reach=100, ec="none", **look):
     """Write a text near a point where it covers none of the boxes; add its own.
 
-    Where there is no room for it, it is left out.
+    A box is left, lower, right and upper in pixels. Where there is no room within `reach`, the
+    text is left out.
     """
     frame = dict(boxstyle="round,pad=0.2", fc="white", ec=ec, alpha=0.85)
     leader = dict(arrowstyle="-", lw=0.8, shrinkA=0, shrinkB=4)
     label = axes.annotate(text, point.tolist(), (0, 0), textcoords="offset pixels",
                           ha="center", va="center", bbox=frame, arrowprops=leader,
                           in_layout=False, **look)
-    here = label.get_window_extent().padded(4)          # measured once: that is slow
-    for radius, k in itertools.product(range(0, 100, 10), range(16)):
-        angle = math.pi * (k / 8 - 0.5)                 # below the point first
-        # Texts are wider than high: an ellipse of places.
-        place = (2.2 * radius * math.cos(angle), radius * math.sin(angle))
-        box = here.translated(*place)
-        inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-        if inside and box.count_overlaps(boxes) == 0:
-            label.set_position(place)
-            boxes.append(box)
-            return
-    label.remove()
+    here = label.get_window_extent().padded(4).extents.tolist()         # once: that is slow
+    radius = torch.arange(0, reach, 10).repeat_interleave(16)
+    angle = math.pi * (torch.arange(len(radius)) % 16 / 8 - 0.5)        # below the point first
+    # Texts are wider than high: an ellipse of places.
+    places = torch.stack([2.2 * radius * angle.cos(), radius * angle.sin()], 1)
+    low, high = torch.tensor(here).view(2, 1, 2) + places       # (P,2) each
+    frame = torch.tensor(axes.bbox.extents.tolist())
+    inside = (low >= frame[:2]).all(1) & (high <= frame[2:]).all(1)
+    others = torch.stack(boxes)
+    beside = (low[:, None] > others[:, 2:]).any(2) | (high[:, None] < others[:, :2]).any(2)
+    free = (inside & beside.all(1)).nonzero()[:, 0]
+    if len(free) == 0:
+        label.remove()
+        return
+    first = free[0]
+    label.set_position(places[first].tolist())
+    boxes.append(torch.cat([low[first], high[first]]))
 
 
 def draw_reliability(axes, metrics):
@@ -867,13 +872,16 @@ def findings(data, codes, q, labelled_q, seen) -> list:
     q (N,K) are the percentages of all codes, `labelled_q` those of the ones with a given
     label, by the given labels of the others. Images whose names are in `seen` are left out.
     """
+    import common
     given = codes.some(codes.given)
     others = codes.some(~codes.given)
     lines = []
     agree = labelled_q.argmax(1) == given.y
-    if agree.float().mean() > 0.5:      # else they know too little to doubt a label
+    if agree.float().mean() > 0.5:
         places, claims = suspects(labelled_q, given.y)
         lines = review_lines(WRONG, data, given, labelled_q, places, claims, seen)
+    else:
+        common.say("the percentages know too little to doubt a label")
     q = q[~codes.given]
     places = to_label(q, others.mu, given.mu, REVIEWED)
     claims = q[places].argmax(1)
@@ -889,10 +897,11 @@ def review_lines(why, data, codes, q, places, claims, seen) -> list:
     for k, claim in zip(places.tolist(), claims.tolist()):
         name = data.names[codes.rows[k]]
         label = data.classes[codes.y[k]] if codes.given[k] else ""
-        cells = [name, "", why, label, data.classes[claim], f"{q[k, claim]:.4f}", data.name]
-        if name not in seen:
+        if name not in seen and len(lines) < REVIEWED:
+            cells = [name, "", why, label, data.classes[claim], f"{q[k, claim]:.4f}",
+                     data.mark(codes.rows[k])]
             lines.append(dict(zip(COLUMNS, cells)))
-    return lines[:REVIEWED]
+    return lines
 
 
 def draw_review(data, lines):
@@ -1005,6 +1014,8 @@ def command(run, args):
     validation = encode_all(model, inputs[data.validation], run.amp)
     validation_y = data.labels[data.validation]
     test = encode_all(model, inputs.test(), run.amp)
+    if not run.quiet:
+        common.say(f"calibrating the percentages of {len(data.classes):,} classes")
     speaking, posterior, metrics = densities(codes, (*validation, validation_y),
                                              (*test, data.test_labels))
     own = functools.partial(left_out, type(posterior), metrics[speaking]["choice"],

@@ -2454,6 +2454,8 @@ SOME = functools.partial(folders, "bird", "fish", count=13)
     (SOME(spoil=all_but_one_grey), "only 1 of 26 images have colour"),
     (SOME(spoil=lambda root: (root / "bird/a.heic").write_text("")), "left out: 1 .heic"),
     (arrays(x_unlabeld=TESTS), "left out: x_unlabeld .*x_unlabelled"),
+    (arrays(x_train=np.full((200, 16, 16), 60000, "u2") * (np.arange(16) > 0).astype("u2"),
+            x_test=TESTS.astype("u2") * 16), "the highest pixels of the parts are .*65535"),
     (arrays(y_test=thirds(60) // 2), "no test images of eel"),
     (folders("bird", "fish", count=11), "fewer than 10 images a class")])
 def test_what_a_person_should_know_of_a_data_set_is_said(tmp_path, capsys, make_data, pattern,
@@ -2731,14 +2733,16 @@ def test_so_many_images_keep_their_label_and_no_row_moves(tmp_path, n, judged, v
         assert read_so.fingerprint == few.fingerprint
 
 
-@pytest.mark.parametrize("mark, start", [(",", ""), (";", "\ufeff"), ("\t", "")])
+@pytest.mark.parametrize("mark, start", [(",", ""), (";", "\ufeff"), ("\t", ""),
+                                         (";", "sep=;\n")])
 def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, mark, start):
     file = with_loose(tmp_path / "a.npz")
     whole = dataset(file, tmp_path / "whole")
     chosen = f"train/{whole.validation[0]}"
     wanted = {"train/4": "eel", chosen: "dog", "unlabelled/7": "cat", "test/3": "eel"}
-    lines = ["image,why,new_label", *(f"{image},,{label}" for image, label in wanted.items()),
-             "train/5,,", ' test/3 ,"a\rb", eel ']
+    marks = {name: whole.mark(row) for row, name in enumerate(whole.names)}
+    lines = ["Image,mark, New_Label", "train/5,,", "", ' test/3 ,"", eel ', "test/4",
+             *(f"{image},{marks[image]},{label}" for image, label in wanted.items())]
     table = tmp_path / "new.csv"
     table.write_text(start + "\n".join(lines).replace(",", mark), "utf-8")
     data = dataset(file, tmp_path / "new", "--labels-from", table)
@@ -2809,6 +2813,9 @@ ONE_NAN[3, 4, 5] = math.nan
     (folders("cat", "dog", "unlabelled images"), "unlabelled images: .*rename it unlabelled"),
     (folders("train/cat", "train/dog", "test/cat", "test/unlabelled"),
      "a/test/unlabelled: .*among those for training"),
+    (folders("train/cat", "train/dog", "test_set/cat", "test_set/dog"), "rename test_set/ to test/"),
+    (folders("cat/train", "cat/test", "dog/train"),
+     "a/cat/test: is this a part .* call it .*a/test/cat; else"),
     (folders("images/cat", "images/dog"), "all is in images/; .*give .*a/images"),
     (with_damaged,
      f"/a: 3 pictures that cannot be read: {', '.join(DAMAGED)}; .*--skip-damaged"),
@@ -2820,8 +2827,8 @@ ONE_NAN[3, 4, 5] = math.nan
     (table("train/999,cat"), "no image 'train/999'; they are called train/0"),
     (table("train/4,cat\ntrain/4,dog"), "train/4 is both cat and dog; remove"),
     (table("train/4,"), "no line has a new label; write some into its column"),
-    (table("train/4,cat,b", header="image,new_label,data_set\n"),
-     "train/4 is an image of b, not of a"),
+    (table("train/4,cat,x", header="image,new_label,mark\n"),
+     "train/4 is another picture than the one that was looked at; remove the line"),
     (table("1.png,cat", header="file,label\n"), "no column image; wanted"),
     (table("train/4,caf\xe9", "cp1252"), "save it as CSV UTF-8"),
     (table("train/4,caf\xe9", "utf-16"), "save it as CSV UTF-8"),
@@ -3941,14 +3948,17 @@ def test_movements_of_a_comparison_are_learned_from_given_labels_alone(tmp_path,
 
 
 @pytest.mark.parametrize("right, doubted", [(0.6, 1), (0.5, 0)])
-def test_labels_are_doubted_only_by_percentages_that_agree_with_most(few, right, doubted):
+def test_labels_are_doubted_only_by_percentages_that_agree_with_most(few, capsys, right,
+                                                                     doubted):
     rows = few.data.labelled()[:10]
     y = few.data.labels[rows]
     said = torch.where(torch.arange(10) < 10 * right, y, (y + 1) % 3)
     q = 0.9 * one_hot(said) + 0.1 / 3
     codes = latent.Codes(rows, noise(10, 2), noise(10, 2), y, y >= 0, None)
+    capsys.readouterr()
     lines = latent.findings(few.data, codes, q, q, set())
     assert (len(lines) > 0) == doubted
+    assert ("know too little to doubt" in capsys.readouterr().err) != doubted
 
 
 def test_a_review_holds_given_labels_against_given_ones_alone(few, tmp_path, monkeypatch):
@@ -4156,6 +4166,19 @@ def test_a_folder_goes_on_with_its_own_data_set_and_settings(there, script, spoi
     assert len(data.labelled()) == 30
     wanted = {"dataset": "photos.v1", "labels": 30, "seed": 3, "image_size": 40}
     assert started.which.items() >= wanted.items()
+
+
+@pytest.mark.parametrize("out, refused", [
+    ("photos.v1", True), ("photos.v1/", True), ("photos.v1/0", True), ("photos.v1/new", False),
+    (".", False)])
+def test_results_do_not_go_among_the_pictures_of_the_data_set(there, capsys, out, refused):
+    files = [*Path("photos.v1").rglob("*")]
+    for _ in range(2):
+        code = run("vae", "--dataset", "photos.v1", "-o", out, *STEMS["vae"])
+        assert code == (2 if refused else 0)
+    if refused:
+        assert "holds pictures of the data set; give another -o" in capsys.readouterr().err
+        assert [*Path("photos.v1").rglob("*")] == files
 
 
 @pytest.mark.parametrize("spelt", ["photos.v1/", "./photos.v1", "ABSOLUTE", "moved"])
@@ -4424,6 +4447,16 @@ def test_make_n_lists_the_six_commands_with_their_settings(tree):
     assert told["latent"]["review"]
     told = dict(commands_printed(tree, "DATASET=mnist"))
     assert not any("--steps" in words for words in told.values())
+
+
+def test_make_clean_leaves_the_labels_of_a_person(tree):
+    for name in ("a/labels.csv", "a/vae.pt", "a/cells/1.json", "b/.lock", "c.png"):
+        (tree / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "runs" / name).touch()
+    make(tree, "clean")
+    assert [path.name for path in (tree / "runs").rglob("*")] == ["a", "labels.csv"]
+    shutil.rmtree(tree / "runs")
+    make(tree, "clean")
 
 
 @pytest.mark.parametrize("path, name", [
