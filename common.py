@@ -476,6 +476,7 @@ def check_folder(run, data):
     command = command_for(run, run.source)
     require(not run.bound, f"{run.out}/{run.source}.pt was made from other images or labels "
             f"than {run.dataset} has now; make it again with: {command}; or give another -o")
+    say(f"{run.out} was made from other images or labels than {run.dataset} has now")
 
 
 def remarks_on(data) -> list:
