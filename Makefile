@@ -69,7 +69,7 @@ compare_settings := $(LATER) $(if $(SIZES),--sizes $(SIZES)) --seeds $(SEEDS) \
 
 # The scripts write these whole, as the last thing: nothing that happens later makes them worse.
 .PRECIOUS: $(addprefix $(OUT)/,deform.pt vae.pt latent.pt hybrids.pt cnn.pt compare.json)
-.PHONY: all quick test test-slow bench clean help evidence FORCE
+.PHONY: all quick test test-slow bench clean help evidence pictures FORCE
 
 # glibc keeps what is freed for the next step: fewer page faults, a tenth faster.
 export MALLOC_TRIM_THRESHOLD_ := 536870912
@@ -130,6 +130,17 @@ evidence: $(READY)
 	$(PYTHON) compare.py $(WHICH) -o $(OUT)/controls --sizes 100 1000 --seeds 6 --arms $(CHECKS)
 	$(PYTHON) compare.py $(WHICH) -o $(OUT)/all --sizes 50 100 --seeds 6 --unlabelled \
 	  --arms $(FEW)
+
+# The pictures of the pages, in minutes; DATA has cifar10-10k.npz and cats-and-dogs, see EVIDENCE.
+NETWORK ?= lite0.py
+pictures: $(READY)
+	$(MAKE) runs/mnist/hybrids.pt DATASET=mnist
+	$(MAKE) runs/cifar10-10k/hybrids.pt DATASET=$(DATA)/cifar10-10k.npz
+	$(MAKE) runs/cats-and-dogs/latent.pt DATASET=$(DATA)/cats-and-dogs LABELS=20 BACKBONE=$(NETWORK)
+	cp runs/mnist/hybrids.png runs/mnist/latent.png assets/
+	cp runs/cifar10-10k/hybrids.png assets/cifar10-hybrids.png
+	cp runs/cats-and-dogs/latent.png assets/photographs.png
+	$(PYTHON) assets/evidence.py --draw
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
