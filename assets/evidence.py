@@ -559,7 +559,7 @@ def aims():
     for row in rows_of():
         gain, half = difference(row, "real+hybrid", "real")
         bounds.append(gain - half)
-    lines.append(["no harm: lower bound over real, all rows", "above -0.5",
+    lines.append(["no harm, of pixels: lower bound over real", "above -0.5",
                   f"lowest {min(bounds):.1f}", yes(min(bounds) > -0.5)])
     return grid(["aim", "asked", "measured", "reached"], lines)
 
@@ -714,25 +714,22 @@ def wrong_labels():
 
 PHOTOGRAPHS = [Row("cats and dogs", "cats-and-dogs", n) for n in (4, 20, 100)]
 OF_CIFAR = [Row("CIFAR-10", "cifar10-backbone", n) for n in (40, 100, 1000)]
-LABELLED = [Row("cats and dogs", "cats-and-dogs-labelled", n) for n in (4, 20, 100, 1000)]
-SEMI = ("real", "pseudo-labels", "mixup+pseudo", "real+hybrid")
+LABELLED = [Row("cats and dogs", "cats-and-dogs-labelled", n)
+            for n in (4, 20, 100, 1000, 1800)]
+SEMI = ("real", "pseudo-labels", "soft pseudo-labels", "mixup+pseudo", "real+hybrid")
 
 
 @table("photographs-short")
 def photographs_short():
-    """Accuracies, and what hybrids add to the usual thing to do with unlabelled images."""
-    best = ("mixup+pseudo", "real+hybrid")
-    head = ["data set", "labels", *SEMI]
-    for key in ("NLL", "ECE"):
-        head += [f"{key}: {best[0]}", best[1]]
+    """Accuracies, and how well calibrated those are that use unlabelled images."""
+    head = ["data set", "labels", *SEMI, f"ECE: {SEMI[2]}", *SEMI[3:]]
     lines = []
     for row in PHOTOGRAPHS + OF_CIFAR:
         cells = [row.name, f"{row.n:,}"]
         for arm in SEMI:
             cells.append(percent(row, arm))
-        for key in ("nll", "ece"):
-            for arm in best:
-                cells.append(f"{mean(row, arm, key):.3f}")
+        for arm in SEMI[2:]:
+            cells.append(f"{mean(row, arm, 'ece'):.3f}")
         lines.append(cells)
     return grid(head, lines)
 
@@ -786,6 +783,8 @@ def photographs_labelled():
             cells.append(pm(difference(row, "real+hybrid", other), 2))
         for other in ("real", "mixup"):
             cells.append(pm(difference(row, "real+hybrid", other, "nll"), 3))
+        if row.n > 900:                 # over half of the pool: subsets are nearly the same
+            cells[5:] = [cell.partition(" ±")[0] for cell in cells[5:]]
         lines.append(cells)
     return grid(head, lines)
 
