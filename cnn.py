@@ -244,11 +244,13 @@ def predict(model, images, amp=False, batch=200):
 def as_input(images):
     """uint8 or floats in [0,1] (B,C,H,W) -> float32 in [0,1], channels last.
 
-    Features (B,F) -> float32. Raises ValueError for other ranges.
+    Features (B,F) -> float32. Raises ValueError for other ranges and shapes.
     """
     x = images.float()
     if x.dim() == 2:
         return x
+    if x.dim() != 4:
+        raise ValueError(f"images of shape {tuple(x.shape)}; wanted (B,C,H,W)")
     if images.dtype == torch.uint8:
         x = x / 255
     elif len(x):                        # a batch may hold none of a kind

@@ -1942,7 +1942,8 @@ def test_images_outside_their_range_are_refused(ask, spoil):
 
 @pytest.mark.parametrize("fit", [
     lambda x: vae.batches(x, 5)(seeded()),
-    lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded())], ids=["vae.batches", "fit"])
+    lambda x: cnn.batches((x, torch.eye(9)), 5)(seeded(), 0),
+    lambda x: TRUE_FIT(x, torch.zeros(9).long(), seeded())], ids=["vae", "cnn", "fit"])
 def test_images_without_channels_are_refused_by_their_shape(fit):
     with pytest.raises(ValueError, match=r"images of shape .*, 16, 16\); wanted .B,C,H,W."):
         fit(easy(9)[0][:, 0])

@@ -323,12 +323,18 @@ def deformed():
 
 @table("augmented")
 def augmented():
-    head = ["data set", "real images", "augment", "augment+hybrid", "over augment"]
+    head = ["data set", "real images", "augment", "augment+mixup", "augment+hybrid",
+            "over augment", "over augment+mixup", "NLL less augment+mixup"]
     lines = []
     for row in rows_of(("CIFAR-10",)):
-        lines.append([row.name, f"{row.n:,}", percent(row, "augment"),
-                      percent(row, "augment+hybrid"),
-                      over(row, "augment+hybrid", "augment")])
+        arm = "augment+hybrid"
+        cells = [row.name, f"{row.n:,}", percent(row, "augment"), "", percent(row, arm),
+                 over(row, arm, "augment"), "", ""]
+        if measured(row, "augment+mixup"):
+            cells[3] = percent(row, "augment+mixup")
+            cells[6] = over(row, arm, "augment+mixup")
+            cells[7] = pm(difference(row, arm, "augment+mixup", "nll"), 3)
+        lines.append(cells)
     return grid(head, lines)
 
 
