@@ -383,6 +383,7 @@ def tally():
         (everything, "real+hybrid", "deform+cutmix"),
         (colour, "real+hybrid", "mixup+cutmix"),
         (colour, "augment+hybrid", "augment"),
+        (colour, "augment+hybrid", "augment+mixup"),
     ]
     head = ["compared", "rows", "accuracy: ahead", "same", "behind", "NLL: better", "same",
             "worse"]
