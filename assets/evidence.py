@@ -105,24 +105,6 @@ CONTROLS = {
     "latent posterior": "the latent posterior, no CNN",
 }
 
-# Those of before hybrids moved. "other cut" is no arm of compare.py: it stands for the setting
-# of `cut` that is not the default of the set.
-EARLIER = {
-    "real": "real images only",
-    "mixup": "mixup",
-    "mixup+cutmix": "mixup and cutmix in turn",
-    "weight labels": "labelled by the mixing weight",
-    "density labels": "labelled by the density",
-    "all decoded": "all of them decoded",
-    "no residual": "all decoded, nothing added back",
-    "mixup density labels": "none decoded, density labels",
-    "other cut": "grey images cut, colour images mixed",
-    "hybrid only": "hybrids only, to the last step",
-    "prior hybrid": "points from N(0, I), density labels",
-    "reconstructions": "reconstructions, hard labels",
-    "latent posterior": "the latent posterior, no CNN",
-}
-
 # Choices made by a rule set before. Their single runs are not kept, but trials.json states the
 # result in words: the paragraph, and what stands there before the numbers.
 CHOICES = [
@@ -182,8 +164,6 @@ def measured(row, arm) -> bool:
 
 def values(row, arm, key="accuracy"):
     """{subset: value} of an arm; accuracies in %."""
-    if arm == "other cut":
-        arm = "never cut" if row.stem.startswith("cifar10") else "always cut"
     scale = 100 if key in ("accuracy", "noise") else 1
     found = {}
     for line in result(row.stem)["rows"]:
@@ -478,32 +458,24 @@ def spread():
     return grid(head, lines, words=3)
 
 
-def control_rows(end, n):
+def control_rows():
     """The three sets of controls."""
-    return [Row(name, f"{stem}-controls{end}", n) for name, stem, _ in SETS[:3]]
-
-
-def control_table(arms, rows):
-    """Points ahead of the default hybrids."""
-    lines = []
-    for arm, words in arms.items():
-        lines.append([words] + [over(row, arm, "real+hybrid") for row in rows])
-    return grid([""] + [f"{row.name}, {row.n:,}" for row in rows], lines)
+    return [Row(name, f"{stem}-controls", 100) for name, stem, _ in SETS[:3]]
 
 
 @table("controls")
 def controls():
-    return control_table(CONTROLS, control_rows("", 100))
-
-
-@table("controls-before")
-def controls_before():
-    return control_table(EARLIER, control_rows("-before", 1000))
+    """Points ahead of the default hybrids."""
+    rows = control_rows()
+    lines = []
+    for arm, words in CONTROLS.items():
+        lines.append([words] + [over(row, arm, "real+hybrid") for row in rows])
+    return grid([""] + [f"{row.name}, {row.n:,}" for row in rows], lines)
 
 
 @table("controls-nll")
 def controls_nll():
-    rows = control_rows("", 100)
+    rows = control_rows()
     lines = []
     for arm, words in CONTROLS.items():
         if arm in ("latent posterior", "cutmix", "real"):
