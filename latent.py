@@ -25,6 +25,7 @@ NEIGHBOURS = 7                          # along whom labels are spread, among im
 FEATURE_NEIGHBOURS = 15                 # and among features
 SOFT = 1.1                              # temperature from which pseudo-labels are soft
 SKILL = 1 / 3                           # between guessing, 0, and knowing, 1
+DOUBT = 20                              # to one: odds from which a label looks wrong
 CANDIDATES = 50                         # nearest codes, among which images say who is near
 
 
@@ -584,8 +585,8 @@ def suspects(q, y):
 
     -> rows, the likeliest to be wrong first, and the class that each should have. As in
     confident learning (Northcutt et al. 2021), each class is measured by what the images that
-    are labelled so have of it on average: as many are wrong as have as much of another class.
-    Which ones, q(y) to q(that class) says.
+    are labelled so have of it on average: as many are wrong as have as much of another class,
+    at odds of DOUBT. Which ones, these odds say, q(that class) to q(y), both so measured.
     """
     one_hot = F.one_hot(y, q.shape[1]).to(q)
     usual = (one_hot * q).sum(0) / one_hot.sum(0).clamp(min=1)
@@ -594,7 +595,8 @@ def suspects(q, y):
     best, claim = measured.where(one_hot == 0, 0).max(1)
     odds = of_label.clamp(min=1e-30).log() - best.clamp(min=1e-30).log()
     order = odds.argsort(stable=True)
-    rows = order[:int(((odds < 0) & (best >= 1)).sum())]
+    doubted = (odds < -math.log(DOUBT)) & (best >= 1)
+    rows = order[:int(doubted.sum())]
     return rows, claim[rows]
 
 

@@ -745,12 +745,14 @@ def test_pseudo_labels_of_features_alone_are_soft_where_asked_or_where_the_label
 
 
 @pytest.mark.parametrize("q, y, found, claimed", [
-    # Of the second class 1 has less than its own image, 2 as much, and 3 even more.
-    ([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.01, 0.99], [0.1, 0.9]], [0, 0, 0, 0, 1],
+    # Of 1 the odds are 9 to one, of 2 and 3 more than twenty to one.
+    ([[0.9, 0.1], [0.03, 0.97], [0.011, 0.989], [0.01, 0.99], [0.1, 0.9]], [0, 0, 0, 0, 1],
      [3, 2], [1, 1]),
-    # The last class has 35% of its own images on average: more than that is much.
-    ([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4], [0.5, 0.0, 0.5], [0.4, 0.3, 0.3]],
-     [0, 1, 2, 0, 2], [3], [2])])
+    # The last class has 35% of its own images on average: half is much.
+    ([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.3, 0.3, 0.4], [0.02, 0.48, 0.5], [0.4, 0.3, 0.3]],
+     [0, 1, 2, 0, 2], [3], [2]),
+    # Of the second class 1 has less than its own image.
+    ([[0.9, 0.1], [0.01, 0.99], [0.001, 0.999]], [0, 0, 1], [], [])])
 def test_wrong_labels_are_found_where_a_class_is_measured_by_itself(q, y, found, claimed):
     rows, claims = latent.suspects(torch.tensor(q), torch.tensor(y))
     assert (rows.tolist(), claims.tolist()) == (found, claimed)
