@@ -398,7 +398,7 @@ def colour_table():
     return against_cutmix(rows_of(("CIFAR-10",)))
 
 
-FEW = [Row("MNIST", "mnist-all", 50), Row("MNIST", "mnist-all", 100),
+FEW = [Row("MNIST", file_of("mnist-all", 50), 50), Row("MNIST", "mnist-all", 100),
        Row("Fashion-MNIST", "fashion-mnist-all", 100)]
 
 
