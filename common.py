@@ -238,7 +238,8 @@ def start(args) -> Run:
     if run.amp is None:
         run.amp = bfloat16_is_fast(run.device)
     settle(run)
-    require(not holds_pictures(run.out.resolve(), Path(run.dataset).resolve()),
+    among = holds_pictures(run.out.resolve(), Path(run.dataset).resolve())
+    require(run.dataset in NAMES or not among,
             f"{run.out} holds pictures of the data set; give another -o")
     run.settings.update(run.which)
     run.out.mkdir(parents=True, exist_ok=True)
@@ -1306,9 +1307,10 @@ def correct_labels(data, file):
                 f"{data.names[0]} and so on, see latent.csv")
         if image in rows:
             row = rows[image]
-            require(line.get("mark") in (None, "", data.mark(row)), f"{file}: {image} is "
-                    "another picture than the one that was looked at; remove the line, or its "
-                    "mark")
+            before = line.get("fingerprint")
+            require(not before or before == data.mark(row), f"{file}: {image} is another "
+                    "picture than the one that was looked at; remove the line, or its "
+                    "fingerprint")
             labels[row] = label
     require(given, f"{file}: no line has a new label; write some into its column new_label")
     data.labels, data.test_labels = data.split(labels)

@@ -637,7 +637,7 @@ def words(q, classes) -> str:
 REVIEWED = 100                          # most images of a kind in review.csv
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
-COLUMNS = "image new_label why label likeliest sure mark".split()
+COLUMNS = "image new_label why label likeliest sure fingerprint".split()
 # The densities, what is tried of their bandwidth or shrinkage, and what is usual.
 KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
          "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}

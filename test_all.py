@@ -2723,7 +2723,7 @@ def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, 
     chosen = f"train/{whole.validation[0]}"
     wanted = {"train/4": "eel", chosen: "dog", "unlabelled/7": "cat", "test/3": "eel"}
     marks = {name: whole.mark(row) for row, name in enumerate(whole.names)}
-    lines = ["Image,mark, New_Label", "train/5,,", "", ' test/3 ,"", eel ', "test/4",
+    lines = ["Image,fingerprint, New_Label", "train/5,,", "", ' test/3 ,"", eel ', "test/4",
              *(f"{image},{marks[image]},{label}" for image, label in wanted.items())]
     table = tmp_path / "new.csv"
     table.write_text(start + "\n".join(lines).replace(",", mark), "utf-8")
@@ -2815,7 +2815,7 @@ FEATURES = noise(200, 12).numpy()
     (table("train/999,cat"), "no image 'train/999'; they are called train/0"),
     (table("train/4,cat\ntrain/4,dog"), "train/4 is both cat and dog; remove"),
     (table("train/4,"), "no line has a new label; write some into its column"),
-    (table("train/4,cat,x", header="image,new_label,mark\n"),
+    (table("train/4,cat,x", header="image,new_label,fingerprint\n"),
      "train/4 is another picture than the one that was looked at; remove the line"),
     (table("1.png,cat", header="file,label\n"), "no column image; wanted"),
     (table("train/4,caf\xe9", "cp1252"), "save it as CSV UTF-8"),
@@ -4114,6 +4114,12 @@ def test_a_folder_goes_on_with_its_own_data_set_and_settings(there, script, spoi
     assert len(data.labelled()) == 30
     wanted = {"dataset": "photos.v1", "labels": 30, "seed": 3, "image_size": 40}
     assert started.which.items() >= wanted.items()
+
+
+def test_a_run_may_go_into_a_folder_called_like_its_named_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        common.start(vae.parse_args(["--dataset", "mnist", "-o", "mnist"])).release()
 
 
 @pytest.mark.parametrize("out, refused", [
