@@ -691,7 +691,8 @@ def as_images(arrays):
     require(white == 1 or not any(0 < peak <= 1 for peak in peaks),
             f"the highest pixels of the parts are {peaks}; wanted one scale")
     if len({white_of(peak, True)[0] for peak in peaks}) > 1:
-        remarks = [f"the highest pixels of the parts are {peaks}: all are read as [0, {white}]"]
+        remarks = [f"the highest pixels of the parts are {peaks}: all are read as [0, "
+                   f"{white}]"]
     images = torch.from_numpy(np.ascontiguousarray(to_bytes(pixels, white)))
     return images, 1 if pixels.dtype == np.uint8 else white, remarks
 
@@ -813,8 +814,8 @@ def find_parts(root) -> dict:
         elif hint:
             renames[hint] = f"{path.name}/ to {hint}/"
     of_classes = parts.keys() <= {"unlabelled"}         # one of them may be called test strip
-    require(len(renames) <= of_classes, f"{root}: are these parts of the data set? then rename "
-            f"{' and '.join(renames.values())}; else call them something else")
+    require(len(renames) <= of_classes, f"{root}: are these parts of the data set? then "
+            f"rename {' and '.join(renames.values())}; else call them something else")
     return {"train": root} if of_classes else parts
 
 
@@ -842,8 +843,8 @@ def class_samples(folder, part) -> dict:
             "move them one up")
     for path in classes:
         for place in subfolders(path):
-            require(place.name.lower() not in PARTS, f"{place}: is this a part of the data set? "
-                    f"then call it {folder}/{place.name}/{path.name}; else something else")
+            require(place.name.lower() not in PARTS, f"{place}: is this a part of the data "
+                    f"set? then call it {folder}/{place.name}/{path.name}; else something else")
         require(hinted_part(path.name) != "unlabelled", f"{path}: have these images no label? "
                 "then rename it unlabelled, among those for training; else call it otherwise")
         files = pictures_in(path)
