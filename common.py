@@ -844,7 +844,8 @@ def class_samples(folder, part) -> dict:
     for path in classes:
         for place in subfolders(path):
             require(place.name.lower() not in PARTS, f"{place}: is this a part of the data "
-                    f"set? then call it {folder}/{place.name}/{path.name}; else something else")
+                    f"set? then call it {folder}/{place.name}/{path.name}; else something "
+                    "else")
         require(hinted_part(path.name) != "unlabelled", f"{path}: have these images no label? "
                 "then rename it unlabelled, among those for training; else call it otherwise")
         files = pictures_in(path)
