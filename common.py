@@ -921,7 +921,8 @@ def mark_of(file, root) -> str:
 def cached(run, name: str, what: str, keys: list, make) -> dict:
     """{key: array}: those that OUT keeps under this name, and of missing ones make(keys).
 
-    These are made and kept PART at a time: an interruption loses little.
+    These are made and kept PART at a time: an interruption loses little. `what` they are, the
+    progress says.
     """
     folder = run.out / "cache" / name
     folder.mkdir(parents=True, exist_ok=True)

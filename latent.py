@@ -280,7 +280,7 @@ def pseudo_labels(codes, soft=None):
     """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
 
     One class each or, of features and if `soft`, the percentages of the labeller; None: soft
-    where it knows less than a tenth too little. Hard labels that are often wrong make a
+    where it knows too little by a tenth or more. Hard labels that are often wrong make a
     classifier too sure; of images they are the better ones all the same.
     """
     guessed = (codes.y >= 0) & ~codes.given

@@ -2723,8 +2723,9 @@ def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, 
     chosen = f"train/{whole.validation[0]}"
     wanted = {"train/4": "eel", chosen: "dog", "unlabelled/7": "cat", "test/3": "eel"}
     marks = {name: whole.mark(row) for row, name in enumerate(whole.names)}
-    lines = ["Image,fingerprint, New_Label", "train/5,,", "", ' test/3 ,"", eel ', "test/4",
-             *(f"{image},{marks[image]},{label}" for image, label in wanted.items())]
+    lines = ["Image,why,fingerprint, New_Label", "train/5,,,", "", ' test/3 ,"a\rb",, eel ',
+             "test/4"]
+    lines += [f"{image},,{marks[image]},{label}" for image, label in wanted.items()]
     table = tmp_path / "new.csv"
     table.write_text(start + "\n".join(lines).replace(",", mark), "utf-8")
     data = dataset(file, tmp_path / "new", "--labels-from", table)

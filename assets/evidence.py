@@ -162,6 +162,12 @@ def measured(row, arm) -> bool:
     return any((line["n"], line["arm"]) == (row.n, arm) for line in result(row.stem)["rows"])
 
 
+def hollow(row) -> bool:
+    """Are the subsets nearly the same images, so that they have no interval?"""
+    entries = result(row.stem)["summary"]
+    return any(entry["n"] == row.n and entry["hollow"] for entry in entries)
+
+
 def values(row, arm, key="accuracy"):
     """{subset: value} of an arm; accuracies in %."""
     scale = 100 if key in ("accuracy", "noise") else 1
@@ -762,7 +768,7 @@ def photographs_labelled():
             cells.append(pm(difference(row, "real+hybrid", other), 2))
         for other in ("real", "mixup"):
             cells.append(pm(difference(row, "real+hybrid", other, "nll"), 3))
-        if row.n > 900:                 # over half of the pool: subsets are nearly the same
+        if hollow(row):
             cells[5:] = [cell.partition(" ±")[0] for cell in cells[5:]]
         lines.append(cells)
     return grid(head, lines)
