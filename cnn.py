@@ -5,8 +5,7 @@
     python cnn.py -o runs/mnist --hybrid-fraction 0 --deform   # learned augmentation, no VAE
     python cnn.py -o runs/mnist --predict photo.png    # percentages; of a folder, as CSV
 
-Reads:  a data set; for hybrids vae.pt, hybrids.pt and, where labels were spread, latent.pt;
-        deform.pt, where real images move.
+Reads:  a data set; for hybrids vae.pt and hybrids.pt; deform.pt, where images move.
 Writes: cnn.pt cnn.json cnn.png, cnn.log.jsonl; cnn.last.pt while it is unfinished.
 """
 import copy
@@ -523,27 +522,18 @@ def answer(run, path):
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
-def with_hybrids(run, data, rows, inputs):
-    """What `train` is given besides labelled images, and the files that it comes from."""
+def with_hybrids(run, inputs) -> dict:
+    """What `train` is given besides labelled images."""
     import common
     from deform import Deformations
     made = common.load(run, "hybrids", run.device)
-    sources = [run.out / "hybrids.pt"]
     given = {"made": (made.get("features", made["images"]), made["q"])}
     if made["settings"]["deform"]:
         saved = common.load(run, "deform", run.device)
         given["move"] = Deformations.restore(saved).gently
-    if (data.labels[rows] < 0).any():
-        saved = common.load(run, "latent", run.device)
-        sources.append(run.out / "latent.pt")
-        guessed = ~saved["given"] & (saved["y"] >= 0)
-        plain = made["settings"]["strategy"] == "images"
-        if guessed.any():
-            q = saved["pseudo"]
-            if plain:
-                q = F.one_hot(saved["y"][guessed], len(data.classes)).float()
-            given["pseudo_labelled"] = (inputs[saved["rows"][guessed]], q)
-    return given, sources
+    if len(made["pseudo_rows"]):
+        given["pseudo_labelled"] = (inputs[made["pseudo_rows"]], made["pseudo_labels"])
+    return given
 
 
 def command(run, args):
@@ -566,7 +556,8 @@ def command(run, args):
     given = {}
     sources = []                        # the files that the result depends on
     if any(share):
-        given, sources = with_hybrids(run, data, rows, inputs)
+        given = with_hybrids(run, inputs)
+        sources.append(run.out / "hybrids.pt")
     augmentations = [augment] if args.augment else []
     if args.deform:
         saved = common.load(run, "deform", run.device)

@@ -227,7 +227,7 @@ class Unit:
         given = {"made": (made.x, made.q)}
         if moves:
             given["move"] = moves.gently
-        soft = arm.rule == "density" if arm.strategy == "images" else None
+        soft = hybrids.are_soft(arm.strategy, arm.rule)
         guessed, q = latent.pseudo_labels(self.codes, soft)
         if guessed.any():
             given["pseudo_labelled"] = (self.images[guessed], q)

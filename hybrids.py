@@ -85,9 +85,16 @@ def make_at(points, codes, images, decode, *, rule="product", residual=True, cut
 def default_rule(strategy, images) -> str:
     """How hybrids are labelled, unless told otherwise.
 
-    Points from the prior have no weights, and among features the density knows more.
+    Points from the prior have no weights, and between features the density knows more. A code
+    as it is has the label of its image.
     """
-    return "density" if strategy == "prior" or images.dim() == 2 else "product"
+    mixed_features = images.dim() == 2 and strategy != "images"
+    return "density" if strategy == "prior" or mixed_features else "product"
+
+
+def are_soft(strategy, rule):
+    """Whether pseudo-labels beside such hybrids are soft; None: see latent.pseudo_labels."""
+    return rule == "density" if strategy == "images" else None
 
 
 def sample(strategy, count, codes, generator, same=0.3, lines=None) -> Points:
@@ -508,7 +515,7 @@ def draw_features(data, made, painted, codes, q, classes, groups=12, side=96):
 def command(run, args):
     import common
     from deform import Deformations
-    from latent import Codes
+    from latent import Codes, pseudo_labels
     from vae import decode_all, encode_all, restore
     upstream = common.load(run, "vae", run.device)
     saved = common.load(run, "latent", run.device)
@@ -523,7 +530,10 @@ def command(run, args):
         moves = Deformations.restore(common.load(run, "deform", run.device))
         sources.append(run.out / "deform.pt")
     run.settings["deform"] = moves is not None          # cnn.py moves real images, too
-    codes = Codes.restore(saved).known()
+    codes = Codes.restore(saved)
+    guessed, pseudo = pseudo_labels(codes, are_soft(args.strategy, args.label))
+    content = {"pseudo_rows": codes.rows[guessed].cpu(), "pseudo_labels": pseudo.cpu()}
+    codes = codes.known()
     model = restore(upstream, run.device)
     images = common.Inputs(data, upstream["rows"])[codes.rows]          # or features
     rule = args.label or default_rule(args.strategy, images)
@@ -536,7 +546,7 @@ def command(run, args):
 
     metrics = measure(made, encode, codes.posterior)
     classes = common.legible(data.classes)
-    content = {"images": made.x.cpu(), "q": made.q.cpu(), "z": made.points.z.cpu()}
+    content.update(images=made.x.cpu(), q=made.q.cpu(), z=made.points.z.cpu())
     if of_features:
         painter = restore(upstream["painter"], run.device)
         painted = as_dtype(decode_all(painter, made.points.z, run.amp), torch.uint8).cpu()

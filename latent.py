@@ -1038,8 +1038,7 @@ def command(run, args):
         review(run, data, codes, q, labelled_q)
     fields = {key: part.cpu() for key, part in zip(Codes._fields, codes[:-1])}
     common.save(run.out / "latent.pt", run, data, metrics, sources, **fields, q=q.cpu(),
-                pseudo=pseudo_labels(codes)[1].cpu(), percentages=posterior.stored(),
-                labeller=codes.posterior.stored())
+                percentages=posterior.stored(), labeller=codes.posterior.stored())
     fitted = "validation images"
     if len(validation_y) == 0:
         fitted = "training images, each left out of its own prediction"

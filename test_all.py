@@ -3010,6 +3010,8 @@ def test_the_defaults_are_those_that_were_chosen():
     assert hybrids.parse_args([]).label is default_of(hybrids.make, "rule") is None
     assert hybrids.default_rule("between", easy(9)[0]) == "product"
     assert hybrids.default_rule("prior", easy(9)[0]) == "density"
+    assert hybrids.default_rule("between", noise(9, 4)) == "density"
+    assert hybrids.default_rule("images", noise(9, 4)) == "product"
     assert compare.USUAL == ["real", "mixup", "real+hybrid"]
 
 
@@ -3169,8 +3171,8 @@ def bare(copy, monkeypatch):
 
 @pytest.mark.parametrize("kind, upstream, keys", [
     ("deform", [], "deformations"), ("vae", [], "config rows model"),
-    ("latent", ["vae"], "rows mu logvar y given q percentages labeller pseudo"),
-    ("hybrids", ["vae", "latent", "deform"], "images q z"),
+    ("latent", ["vae"], "rows mu logvar y given q percentages labeller"),
+    ("hybrids", ["vae", "latent", "deform"], "images q z pseudo_rows pseudo_labels"),
     ("cnn", ["hybrids"], "config model")])
 def test_a_file_holds_its_content_and_the_facts_beside_it(chain, kind, upstream, keys):
     saved = read(chain / f"{kind}.pt")
@@ -3773,7 +3775,7 @@ def test_a_classifier_sees_given_and_spread_labels(few):
     assert "move" not in told           # as hybrids.pt says, made with --no-deform
     metrics = few.files["cnn"]["metrics"]
     assert (metrics["real_images"], metrics["pseudo_labelled"]) == (30, 260)
-    assert set(few.files["cnn"]["made_from"]) == {"hybrids", "latent"}
+    assert set(few.files["cnn"]["made_from"]) == {"hybrids"}
 
 
 # ---- percentages of pictures and of points --------------------------------------------------
@@ -4978,21 +4980,29 @@ def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, 
     assert line in mistake(capsys, *words.split(), "-o", "out")
 
 
+@pytest.mark.parametrize("arm, soft, words", [
+    ("real+hybrid", True, ""),
+    ("soft pseudo-labels", True, "--strategy images --label density"),
+    ("pseudo-labels", False, "--strategy images"),
+    ("mixup+pseudo", False, None)])
 def test_labels_spread_to_features_are_as_soft_as_the_labeller_unless_plain(
-        visit, undrawn, monkeypatch):
+        arm, soft, words, visit, undrawn, monkeypatch):
     monkeypatch.setattr(latent, "SOFT", 0)              # a labeller that knows too little
-    calls = note_calls(monkeypatch, cnn, "train")
-    assert run("latent", "-o", "out") == 0
-    codes = latent.Codes.restore(read("out/latent.pt"))
-    for strategy, soft in (("between", True), ("images", False)):
-        assert run("hybrids", "-o", "out", "--count", 9, "--strategy", strategy) == 0
-        assert run("cnn", "-o", "out", "--steps", 2) == 0
-        _, q = calls[-1].told["pseudo_labelled"]
-        assert torch.equal(q, latent.pseudo_labels(codes, soft)[1])
     planned = grid_of("--dataset", "photos", "--backbone", "net.py", "-o", "grid", "--sizes",
                       12, "--unlabelled", "--vae-steps", 2)
     unit = compare.Unit(planned, 12, 3)
-    for arm, soft in (("real+hybrid", True), ("soft pseudo-labels", True),
-                      ("pseudo-labels", False), ("mixup+pseudo", False)):
-        _, q = unit.with_hybrids(compare.ARMS[arm])["pseudo_labelled"]
-        assert torch.equal(q, latent.pseudo_labels(unit.codes, soft)[1])
+    given = unit.with_hybrids(compare.ARMS[arm])
+    _, q = given["pseudo_labelled"]
+    assert torch.equal(q, latent.pseudo_labels(unit.codes, soft)[1])
+    if compare.ARMS[arm].strategy == "images":          # the first half of the training, too
+        assert (given["made"][1].amax(1) == 1).all() == (not soft)
+    if words is not None:               # and so do the scripts
+        calls = note_calls(monkeypatch, cnn, "train")
+        assert run("latent", "-o", "out") == 0
+        assert run("hybrids", "-o", "out", "--count", 9, *words.split()) == 0
+        assert run("cnn", "-o", "out", "--steps", 2) == 0
+        codes = latent.Codes.restore(read("out/latent.pt"))
+        _, q = calls[-1].told["pseudo_labelled"]
+        assert torch.equal(q, latent.pseudo_labels(codes, soft)[1])
+        if words:
+            assert (calls[-1].told["made"][1].amax(1) == 1).all() == (not soft)
