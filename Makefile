@@ -4,11 +4,11 @@
 
 DATASET ?= glyphs
 DATA    ?= data
-# One spelling of a path: the stamps hold it.
-override DATASET := $(if $(wildcard $(DATASET)),$(patsubst \
-                    $(CURDIR)/%,%,$(abspath $(DATASET))),$(DATASET))
+# One spelling of a path: the stamps hold it. There may be blanks above this folder.
+override DATASET := $(if $(wildcard $(DATASET)),$(subst \
+                    $(CURDIR)/,,$(abspath $(DATASET))),$(DATASET))
 # The last part of the path, whole; a file without its ending.
-RUN     := $(patsubst %.npz,%,$(notdir $(abspath $(DATASET))))
+RUN     := $(patsubst %.npz,%,$(lastword $(subst /, ,$(abspath $(DATASET)))))
 OUT     ?= runs/$(RUN)
 SIZES   ?=
 # The demonstration trains no longer than it must: "fewer steps" in assets/trials.json.
@@ -29,6 +29,8 @@ BACKBONE ?=
 # What a person has written down, if there is something.
 LABELS_FROM ?= $(wildcard $(OUT)/labels.csv)
 DEVICE  ?= auto
+$(foreach path,DATASET DATA OUT BACKBONE LABELS_FROM,$(if $(word 2,$($(path))),$(error \
+  $(path)=$($(path)): make cannot handle blanks in a path; rename it, or type the commands)))
 PIP_ARGS ?=
 
 # PYTHON counts from the command line only; else a virtual environment is made and used.

@@ -518,7 +518,7 @@ def answer(run, path):
         common.say(report)
         q, = predict(model, image).softmax(1)
         numbers = [f"{p:.4f}" for p in q.tolist()]
-        table.writerow([file, classes[q.argmax()], *numbers])
+        table.writerow([common.readable(str(file)), classes[q.argmax()], *numbers])
     common.require(not failed, f"{failed} of {len(files)} pictures cannot be read")
 
 
@@ -545,8 +545,9 @@ def command(run, args):
     if any(share):
         common.load(run, "vae")         # or a line that says how to make it
     data = common.load_dataset(run)
-    common.require(data.features is None or not (args.augment or args.deform),
-                   "features do not move; leave out --augment and --deform")
+    for_images = {"augment", "deform", "width"} & run.changed.keys()
+    common.require(data.features is None or not for_images, "features do not move, nor have "
+                   f"they channels; leave out --{' and --'.join(sorted(for_images))}")
     rows = common.training_rows(data, run)
     labelled = rows[data.labels[rows] >= 0]
     inputs = common.Inputs(data, rows)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 # Letters: N training images, M images of all parts, C×H×W image, K classes.
 # y integer labels (N,), -1 for none; q class probabilities (N,K).
-FORMAT = 6                              # of the files; any other is refused
+FORMAT = 7                              # of the files; any other is refused
 FEW = 20                                # labels of a class of which all are for training
 # The settings that say which images a run is about, and their defaults.
 WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
@@ -64,7 +64,7 @@ HIDDEN = "@eadir __macosx #recycle $recycle.bin thumbs.db desktop.ini".split()
 PART = 50                               # pictures that are seen, and kept, together
 WHITES = (1, 255, 1023, 4095, 16383, 65535)             # usual values of a white pixel
 # torchrun says which of its processes this is; batch systems set some of its variables, too.
-LAUNCHED = "MASTER_ADDR" in os.environ
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 RANKS = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
@@ -242,9 +242,10 @@ def start(args) -> Run:
     require(run.dataset in NAMES or not among,
             f"{run.out} holds pictures of the data set; give another -o")
     run.settings.update(run.which)
-    run.out.mkdir(parents=True, exist_ok=True)
-    if run.writes and RANK == 0:        # torchrun's ranks are one run
-        run.lock = lock_folder(run.out)
+    if run.writes:
+        run.out.mkdir(parents=True, exist_ok=True)
+        if RANK == 0:                   # torchrun's ranks are one run
+            run.lock = lock_folder(run.out)
     return run
 
 
@@ -276,6 +277,9 @@ def settle(run):
     vars(run).update({**WHICH, **inherited, **given})
     if stem == "compare":               # it draws many subsets, and from any seed on
         run.binding = run.binding[:3]
+    files = [str(which.get("backbone")).endswith(".py") for which in (known, run.which)]
+    if all(files):                      # they are known by content, not by path
+        run.binding = [key for key in run.binding if key != "backbone"]
     for key in run.binding if run.bound else []:
         flag = key.replace("_", "-")
         require(run.which[key] == known[key], f"--{flag} {run.which[key]}: {run.out}/"
@@ -300,10 +304,14 @@ def command_for(run: Run, stem: str, **changes) -> str:
     recorded = run.record.get("which", {})              # else it would be taken over again
     if run.script == "compare.py" and run.record:       # which has subsets of its own
         settings["seed"] = run.record["which"]["seed"]
+    # What cannot be said by a flag is said by the data set: of one that is named, nothing is
+    # taken over.
+    unsaid = any(settings[key] is None and recorded.get(key) for key in WHICH)
     words = []
     for key, value in settings.items():
         flag = key.replace("_", "-")
-        if value == WHICH.get(key) == recorded.get(key, value):
+        usual = value == WHICH.get(key) == recorded.get(key, value)
+        if value is None or usual and not (unsaid and key == "dataset"):
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -409,7 +417,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """16 digits that tell these images and labels from others, wherever they lie."""
         digest = hashlib.sha256(str(self.images.shape).encode())
-        parts = [self.images, self.labels, self.test_images, self.test_labels]
+        parts = [self.images, self.labels, self.test_images, self.test_labels, self.pool]
         if self.features is not None and not self.backbone:     # they came with the set
             parts += [self.features, self.test_features]
         for part in parts:
@@ -463,7 +471,8 @@ def open_dataset(run) -> Dataset:
     if os.path.isdir(spec):
         return folder_dataset(Path(spec), run)
     raise Mistake(f"no data set or folder {spec!r}; wanted a folder, a file .npz, or one of "
-                  f"{' '.join(NAMES)}")
+                  f"{' '.join(NAMES)}; one that was moved has to be named again, by each "
+                  "command")
 
 
 def check_folder(run, data):
@@ -565,8 +574,8 @@ def fit_pixels(images, side):
 
 
 def readable(name: str) -> str:
-    """A name in NFC, as most systems write it; bytes of it that are no text are spelt out."""
-    name = unicodedata.normalize("NFC", name)
+    """A name, stripped, in NFC as most systems write it; bytes that are no text spelt out."""
+    name = unicodedata.normalize("NFC", name.strip())
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -1105,8 +1114,9 @@ def backbone_of_torchvision(name: str):
 
 def add_features(run, data):
     """Give a data set the features of its pictures: those that OUT keeps, and missing ones."""
-    if run.backbone is None or data.features is not None:
+    if run.backbone is None:
         return
+    require(data.features is None, f"{data.name} has features of its own; leave out --backbone")
     backbone = functools.cache(functools.partial(named_backbone, run))      # when it is asked
     mark = run.record.get("backbone")
     if mark is None or "backbone" in run.changed:
@@ -1378,7 +1388,7 @@ def read_table(file: Path, wanted: list) -> list:
         for column in wanted:
             require(column in line,
                     f"{file} has no column {column}; wanted {','.join(wanted)}")
-            line[column] = readable(line[column]).strip()
+            line[column] = readable(line[column])
     return lines
 
 

@@ -59,7 +59,8 @@ def make(codes, images, decode, *, strategy="between", count=COUNT, rule=None,
         cut = is_colour(images)
     morph = None
     lines = count
-    if register and not cut and moves is not None and moves.strength > 0:
+    mixed = strategy == "between" and not cut
+    if mixed and register and moves is not None and moves.strength > 0:
         morph = moves.morph
         lines = LINES                   # each line is registered once, at a cost
     points = sample(strategy, count, codes, generator, lines=lines)
@@ -421,7 +422,8 @@ def check_export(folder: Path, dataset):
     """Make the folder of an export: new or empty, and no part of the data set."""
     import common
     inside = folder.resolve().is_relative_to(Path(dataset).resolve())
-    common.require(not (inside and Path(dataset).is_dir()),
+    of_pictures = dataset not in common.NAMES and Path(dataset).is_dir()
+    common.require(not (inside and of_pictures),
                    f"{folder} is inside the data set {dataset}; give --export another folder")
     folder.mkdir(parents=True, exist_ok=True)
     files = [path for path in folder.iterdir() if not common.is_hidden(path)]

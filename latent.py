@@ -457,10 +457,13 @@ def nearest(mu, count):
     mu = mu.float()
     rows = []
     squares = []
-    for some in mu.split(max(1, 2**24 // len(mu))):     # pairs at once
-        closest = torch.cdist(some, mu).topk(min(1 + count, len(mu)), largest=False)
-        rows.append(closest.indices[:, 1:])             # the nearest is the code itself
-        squares.append(closest.values[:, 1:].square())
+    own = torch.arange(len(mu), device=mu.device)
+    for some in own.split(max(1, 2**24 // len(mu))):    # pairs at once
+        distance = torch.cdist(mu[some], mu)
+        distance[own[:len(some)], some] = math.inf      # a code is not its own neighbour
+        closest = distance.topk(min(count, len(mu) - 1), largest=False)
+        rows.append(closest.indices)
+        squares.append(closest.values.square())
     return torch.cat(rows), torch.cat(squares)
 
 
@@ -649,6 +652,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("percentages").add_argument
     add("--review", action="store_true",
         help="write review.csv and review.png as well: which labels to look at next")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--image", metavar="FILE", help="print the percentages of this picture, and stop")
     add("--point", metavar="=Z1,Z2,...", type=numbers,
         help="print the percentages of this point, and stop")
@@ -989,7 +993,7 @@ def codes_of(run, data, model, rows, images, sources):
     elif without:
         moves = Deformations.restore(common.load(run, "deform", run.device))
         sources.append(run.out / "deform.pt")
-    if without:
+    if without and not run.quiet:
         common.say(f"spreading labels among {len(rows):,} images")
     codes = embed(mu, logvar, rows, y, len(data.classes), places, images, moves)
     count = int((codes.y[y < 0] >= 0).sum())

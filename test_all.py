@@ -597,6 +597,12 @@ def test_of_many_codes_each_has_the_neighbours_that_it_has_alone():
         nearly(square[i], wanted.values[1:])
 
 
+def test_a_code_is_not_its_own_neighbour_though_it_has_a_twin():
+    near, square = latent.nearest(noise(20, 2).repeat(3, 1), 3)
+    assert (near != torch.arange(60)[:, None]).all()
+    assert (square[:, :2] < 1e-9).all() and (square[:, 2] > 1e-6).all()
+
+
 def test_label_spreading_solves_its_equation():
     mu, _, _ = codes(30, 3)
     graph = latent.neighbour_graph(*latent.nearest(mu, 4)).to_dense()
@@ -958,6 +964,14 @@ def test_colour_is_cut_and_what_moves_registered_on_two_thousand_lines(
     first, second = (made.x[plain] == images[source[plain]] for source in (i, j))
     assert (first | second).all() == cut
     assert not first.all() and not second.all()
+
+
+@pytest.mark.parametrize("strategy", ["images", "around", "prior"])
+def test_an_image_is_not_registered_with_itself(strategy):
+    moves = Moving(0.5)
+    hybrids.make(known_codes(), GREYS, decoder(), strategy=strategy, count=9, moves=moves,
+                 generator=seeded())
+    assert not moves.pairs
 
 
 @pytest.mark.parametrize("strategy", ["between", "prior"])
@@ -1897,7 +1911,7 @@ def test_the_first_layer_predicts_by_the_moments_that_it_has_seen():
     (cnn.CNN, 28, (2, 4, 28), [1.9016, -1.1787]), (cnn.CNN, 64, (2, 4, 64), [2.43, -1.6487])])
 def test_a_network_of_this_format_computes_what_it_did(kind, side, config, wanted):
     model = kind(1, *config).eval()
-    assert common.FORMAT == 6
+    assert common.FORMAT == 7
     for weight in model.parameters():   # the same on every machine
         wave = torch.arange(weight.numel()).double().mul(0.7).sin()
         weight.data = (wave * weight.numel() ** -0.25).float().view(weight.shape)
@@ -2154,8 +2168,9 @@ def test_the_pool_has_rows_with_a_label_and_rows_without():
     assert (facts["shape"], facts["classes"]) == ([1, 16, 16], ANIMALS)
 
 
-@pytest.mark.parametrize("part", [None, "images", "labels", "test_images", "test_labels"])
-def test_a_fingerprint_is_that_of_images_and_labels_and_of_nothing_else(part):
+@pytest.mark.parametrize("part", [None, "images", "labels", "test_images", "test_labels",
+                                  "pool"])
+def test_a_fingerprint_is_that_of_images_labels_and_parts_and_of_nothing_else(part):
     first, second = (record(*easy(90), ANIMALS, name) for name in ("first", "second"))
     second.names = second.names[::-1]
     second.which = {"dataset": "elsewhere"}
@@ -2737,17 +2752,17 @@ def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, 
 
 
 def test_a_table_may_be_in_nfd_and_name_pictures_that_were_moved_since(tmp_path):
-    root = noisy(tmp_path / "zoo", ("cafe\u0301", "th\xe9"))            # as a Mac has them
+    root = noisy(tmp_path / "zoo", ("cafe\u0301", " th\xe9"))           # as a Mac has them
     noisy(root, ["unlabelled"], 1)
     table = tmp_path / "new.csv"
     table.write_text("image,new_label\nthe\u0301/3.png,cafe\u0301 \nunlabelled/0.png,th\xe9\n")
     first = every_label(dataset(root, tmp_path / "first", "--labels-from", table))
     assert first["th\xe9/3.png"] == "caf\xe9"
     assert first["unlabelled/0.png"] == "th\xe9"
-    (root / "unlabelled/0.png").rename(root / "th\xe9/0.png")
+    (root / "unlabelled/0.png").rename(root / " th\xe9/0.png")
     moved = every_label(dataset(root, tmp_path / "moved", "--labels-from", table))
     assert moved["th\xe9/0.png"] == "th\xe9"
-    (root / "th\xe9/0.png").rename(root / "cafe\u0301/x.png")   # not where the table says
+    (root / " th\xe9/0.png").rename(root / "cafe\u0301/x.png")  # not where the table says
     with pytest.raises(common.Mistake, match="no image 'unlabelled/0.png'"):
         dataset(root, tmp_path / "other", "--labels-from", table)
 
@@ -3832,6 +3847,16 @@ def test_the_pictures_of_a_folder_are_a_table_and_a_bad_one_does_not_end_it(chai
     assert said.err.splitlines()[-1] == "cnn.py: 1 of 7 pictures cannot be read"
 
 
+def test_a_picture_whose_name_is_no_text_has_a_line_of_the_table(chain, tmp_path):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.png"))
+    Image.fromarray(easy(1)[0][0, 0].numpy()).save(odd)
+    done = shell(sys.executable, HERE / "cnn.py", "-o", chain, "--predict", tmp_path,
+                 PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    assert line.startswith(f"{tmp_path}/\\udcff.png,")
+
+
 def contents(folder):
     """Every file below a folder and what it holds."""
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -3848,6 +3873,8 @@ def test_two_runs_in_one_folder_do_not_mix_but_a_question_is_free_and_writes_not
         assert run("latent", "-o", bare, "--point", "0,0,0,0") == 0
         assert run("cnn", "-o", bare, "--predict", dog) == 0
         assert contents(bare) == before
+        assert "not found" in mistake(capsys, "cnn", "-o", "typo", "--predict", dog)
+        assert not Path("typo").exists()
     assert run("hybrids", "-o", bare, "--count", 9) == 0
 
 
@@ -3886,6 +3913,8 @@ def test_an_export_goes_into_a_new_or_an_empty_folder_outside_of_the_data_set(
         line = mistake(capsys, *words, folder)
         assert re.search("inside the data set|is not empty", line), line
     assert contents(Path()) == before
+    Path("mnist").mkdir()               # called like a data set that lies elsewhere
+    hybrids.check_export(Path("mnist/new"), "mnist")
 
 
 def test_a_notebook_finds_its_settings_as_they_were(copy):
@@ -4142,9 +4171,11 @@ def test_results_do_not_go_among_the_pictures_of_the_data_set(there, capsys, out
 
 
 @pytest.mark.parametrize("spelt", ["photos.v1/", "./photos.v1", "ABSOLUTE", "moved"])
-def test_one_data_set_has_many_spellings_and_may_move(there, spelt):
+def test_one_data_set_has_many_spellings_and_may_move(there, capsys, spelt):
     if spelt == "moved":
         os.rename("photos.v1", "moved")
+        line = mistake(capsys, "cnn", "-o", there, "--hybrid-fraction", 0)
+        assert "one that was moved has to be named again, by each command" in line
     spelt = os.path.abspath("photos.v1") if spelt == "ABSOLUTE" else spelt
     assert len(opened("cnn", "-o", there, "--dataset", spelt)[1].labelled()) == 30
 
@@ -4181,6 +4212,17 @@ def test_a_flag_against_the_folder_is_refused_with_a_whole_command(there, capsys
     assert name == "vae"
     found = vars(vae.parse_args(words))
     assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("words, printed", [
+    (["--dataset", "glyphs"], "--dataset glyphs"), ([], "--images 9"),
+    (["--dataset", "glyphs", "--images", 7], "--images 7")])
+def test_a_command_that_is_printed_makes_what_was_asked_for(tmp_path, capsys, words, printed):
+    record = {"kind": "cnn", "format": common.FORMAT, "changed": {},
+              "dataset": {"which": {**common.WHICH, "images": 9}}}
+    common.write(tmp_path / "cnn.json", record)         # its vae.pt is lost
+    line = mistake(capsys, "latent", *words, "-o", tmp_path)
+    assert f"python vae.py {printed} -o {tmp_path}" in line
 
 
 def test_a_comparison_may_have_other_subsets_than_the_folder(chain):
@@ -4256,6 +4298,7 @@ def test_commands_that_cannot_be_obeyed_end_in_one_line(copy, capsys, command, p
     "deform --images 0", "latent --point 1,a", "hybrids --strategy nowhere",
     "hybrids --strategy prior --label product", "cnn --hybrid-fraction 2",
     "cnn --hybrid-fraction 1 0 0", "cnn --batch-size 1", "compare --images 9",
+    "latent --point 1,2 --image a.png",
     "compare --sizes 1", "compare --arms nosuch"])
 def test_flags_out_of_range_end_in_one_line(words, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -4365,6 +4408,15 @@ def test_a_rank_trains_its_share_of_a_comparison_and_no_single_network(grid, tmp
     assert "start without torchrun" in mistake(capsys, "vae", "-o", tmp_path / "other")
 
 
+@pytest.mark.parametrize("variables, ranks", [
+    ("MASTER_ADDR=here", 1), ("RANK=1 WORLD_SIZE=4", 1),        # as batch systems set them
+    ("TORCHELASTIC_RUN_ID=a RANK=1 WORLD_SIZE=4 MASTER_ADDR=here", 4)])
+def test_only_torchrun_makes_ranks(variables, ranks):
+    told = dict(word.split("=") for word in variables.split())
+    done = shell(sys.executable, "-c", "import common; print(common.RANKS)", **told)
+    assert done.stdout == f"{ranks}\n", done.stderr
+
+
 # ---- the make chain -------------------------------------------------------------------------
 
 def commands_printed(tree, *words):
@@ -4406,6 +4458,20 @@ def test_a_run_has_the_whole_name_of_its_data_set_in_make_and_without(tree, path
     assert common.name_of(path) == name
     _, words = commands_printed(tree, f"DATASET={path}")[0]
     assert deform.parse_args(words).out == Path("runs", name)
+
+
+def test_above_the_project_there_may_be_blanks_in_a_path_that_is_given_none(tree):
+    spaced = tree.rename(tree.parent / "my project")
+    (spaced / "photos").mkdir()
+    for name in ("glyphs", "photos", "./photos/"):
+        _, words = commands_printed(spaced, f"DATASET={name}")[0]
+        args = deform.parse_args(words)
+        name = Path(name).name
+        assert (args.dataset, args.out) == (name, Path("runs", name))
+    for word in ("DATASET=my photos", "OUT=a b", "DATA=a b"):
+        done = shell("make", "-n", "all", word, cwd=spaced)
+        assert done.returncode == 2
+        assert f"{word}: make cannot handle blanks in a path" in done.stderr
 
 
 STAND_IN = """#!/bin/sh
@@ -4737,7 +4803,10 @@ def test_hybrids_of_features_have_density_labels_no_bounds_and_sources_at_their_
 
     for strategy in hybrids.STRATEGIES:
         made = hybrids.make(where, x, decode, strategy=strategy, count=50, generator=seeded())
-        assert torch.equal(made.q, where.posterior(made.points.z)) and len(made.x[0]) == 10
+        wanted = where.posterior(made.points.z)
+        if strategy == "images":
+            wanted = one_hot(y[made.points.i])
+        assert torch.equal(made.q, wanted) and len(made.x[0]) == 10
     i, j = torch.randint(40, (2, 60), generator=seeded(1))
     t = torch.rand(60, generator=seeded(3))
     t[:40] = (torch.arange(40) < 20).float()
@@ -4853,7 +4922,8 @@ def test_every_hybrid_is_shown_beside_the_two_nearest_photographs(visit, monkeyp
 
 def test_new_photographs_get_their_percentages_where_the_network_is_named(visit, capsys):
     album("more", each=6, seed=7)
-    words = ["-o", "out", "--backbone", "net.py"]
+    shutil.copy("net.py", "more")       # the same network, elsewhere
+    words = ["-o", "out", "--backbone", "more/net.py"]
     assert run("cnn", *words, "--predict", "more") == 0
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     saved = read("out/cnn.pt")
@@ -4883,6 +4953,8 @@ def test_scripts_on_features_make_what_is_compared(few, loose, visit, undrawn, c
         capsys.readouterr()
         line = mistake(capsys, "cnn", "-o", out, "--predict", "photos/cat/0-0.png")
         assert "the features came with own; of a new picture there are none" in line
+        line = mistake(capsys, "vae", *source, "-o", "new", "--backbone", "net.py")
+        assert "own has features of its own; leave out --backbone" in line
     assert run("compare", *source, "-o", "grid", "--sizes", 12, "--seeds", 1, "--seed", 3,
                "--steps", 60, "--vae-steps", 30, "--jobs", 1) == 0
     rows = facts_of(Path("grid"), "compare")["rows"]
@@ -4973,7 +5045,8 @@ BAD = "vae --backbone bad.py"
     (None, "vae --backbone resnt18", "in torchvision.models; did you mean resnet18 or "),
     (None, "deform --backbone net.py", "features do not move: with --backbone begin with vae"),
     (None, "compare --sizes 12 --arms real cutmix deform", "cannot be cut: no cutmix, deform"),
-    (None, "hybrids --cut", "features cannot be cut; leave out --cut")])
+    (None, "hybrids --cut", "features cannot be cut; leave out --cut"),
+    (None, "cnn --width 9 --augment", "channels; leave out --augment and --width")])
 def test_what_does_not_suit_features_ends_in_one_line(text, words, line, visit, capsys):
     if text:
         Path("net.py" if text == CHANGED else "bad.py").write_text(text)

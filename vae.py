@@ -401,7 +401,8 @@ def command(run, args):
     painter = model
     content = dict(inputs.normal)
     if data.features is not None:       # so that every point has a picture
-        common.say("learning to paint the points")
+        if not run.quiet:
+            common.say("learning to paint the points")
         codes, _ = encode_all(model, images, run.amp)
         painter = train_painter(codes, data.images[rows], run.seed, run.amp)
         content["painter"] = {"config": painter.config, "model": painter.state_dict()}
