@@ -43,7 +43,7 @@ FEW = 20                                # labels of a class of which all are for
 WHICH = {"dataset": "glyphs", "data_dir": "data", "image_size": 32, "labels": None,
          "labels_from": None, "skip_damaged": False, "images": None, "seed": 0,
          "backbone": None}
-# Settings that cannot change a result.
+# What no file records, since it changes no result (--threads: no more than the last digits).
 HARMLESS = ("out script writes resume quiet threads export image point predict jobs gather "
             "review sizes").split()
 STEMS = "vae deform latent hybrids cnn compare".split()

@@ -352,7 +352,9 @@ def square_root(v):
 
 
 def same_class_pairs(y, generator, each=10, most=3000):
-    """Rows i, j of ordered pairs of one class: up to `each` partners j per i, at random."""
+    """Rows i, j of ordered pairs of one class, `most` or some more: up to `each` partners j
+    per i, at random.
+    """
     share = math.ceil(most / max(len(y), 1))
     each = min(each, share, len(y))
     alike = (y[:, None] == y).fill_diagonal_(False)

@@ -177,27 +177,17 @@ def label(rule, points, codes, epsilon=0.1):
         return codes.posterior(points.z)
     if points.i is None:
         raise ValueError("points from the prior have no mixing weights; label them by density")
-    weight = mixing_label(points, codes)
+    prior = codes.posterior.prior
+    one_hot = F.one_hot(codes.y.long(), len(prior))
+    t = points.t[:, None]
+    weight = t * one_hot[points.i] + (1 - t) * one_hot[points.j]
     if rule == "weight":
         return weight
-    return opinion_pool(weight, points, codes.posterior, epsilon)
-
-
-def mixing_label(points, codes):
-    """q = t [c=y_i] + (1-t) [c=y_j] (M,K)."""
-    one_hot = F.one_hot(codes.y.long(), len(codes.posterior.prior))
-    t = points.t[:, None]
-    return t * one_hot[points.i] + (1 - t) * one_hot[points.j]
-
-
-def opinion_pool(weight, points, posterior, epsilon):
-    """The product of mixing weights and the evidence q(c|z) / pi_c, normalised (M,K)."""
-    t = points.t[:, None]
     doubt = 4 * epsilon * t * (1 - t)   # a third class may lie between the two
-    mixed = (1 - doubt) * weight + doubt * posterior.prior
+    mixed = (1 - doubt) * weight + doubt * prior
     # Where t is 0 or 1 one class is left: its evidence, too, must not be 0, for 0 / 0 is none.
-    q = posterior(points.z).clamp(min=1e-30)
-    product = mixed * q / posterior.prior.clamp(min=1e-30)
+    evidence = codes.posterior(points.z).clamp(min=1e-30) / prior.clamp(min=1e-30)
+    product = mixed * evidence
     return product / product.sum(1, keepdim=True)
 
 
@@ -457,11 +447,9 @@ def measure(made, encode, posterior) -> dict:
     moved = posterior(mu) - posterior(made.points.z[some])
     moved = moved.abs().sum(1) / 2
     entropy = torch.special.entr(made.q).sum(1)         # of each label, in nats
-    top = made.q.amax(1)
-    histogram = entropy.histc(20, 0, math.log(made.q.shape[1]))
-    return {"entropy": entropy.mean().item(), "temperature": posterior.temperature,
-            "moved": moved.mean().item(), "top": top.mean().item(),
-            "mixed": (top < MIXED).float().mean().item(), "histogram": histogram.tolist()}
+    mixed = made.q.amax(1) < MIXED
+    return {"entropy": entropy.mean().item(), "moved": moved.mean().item(),
+            "mixed": mixed.float().mean().item()}
 
 
 def pictures(codes, images, decode, made, moves, strategy, rule, residual, classes, seed):

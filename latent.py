@@ -204,6 +204,11 @@ class Gaussian(Posterior):
         return log_normal_full(z, self.mean, self.covariance + width[:, None])
 
 
+# The densities, what is tried of their bandwidth or shrinkage, and what is usual.
+KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
+         "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
+
+
 def log_normal_full(z, mean, covariance):
     """log N(z_m; mean_c, covariance_c) (M,K), unchecked: that would take longest."""
     normal = torch.distributions.MultivariateNormal(mean, covariance, validate_args=False)
@@ -222,8 +227,8 @@ def in_parts(function, size, *tensors):
 def restored(fields: dict) -> Posterior:
     """The posterior that was `stored`."""
     told = dict(fields)
-    kind = {"Aggregate": Aggregate, "Gaussian": Gaussian}[told.pop("kind")]
-    return kind(**told)
+    kinds = {kind.__name__: kind for kind, _, _ in KINDS.values()}
+    return kinds[told.pop("kind")](**told)
 
 
 class Codes(NamedTuple):
@@ -280,8 +285,8 @@ def pseudo_labels(codes, soft=None):
     """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
 
     One class each or, of features and if `soft`, the percentages of the labeller; None: soft
-    where it knows too little by a tenth or more. Hard labels that are often wrong make a
-    classifier too sure; of images they are the better ones all the same.
+    where its temperature is above SOFT. Hard labels that are often wrong make a classifier too
+    sure; of images they are the better ones all the same.
     """
     guessed = (codes.y >= 0) & ~codes.given
     if soft is None:
@@ -520,7 +525,7 @@ def spread(graph, rows, labels, classes, balanced=False):
 def labels_agree(graph, rows, y, classes) -> bool:
     """May the labels y (n,) of a few rows be spread along the graph?
 
-    Two witnesses have to be SKILL of the way from guessing to knowing, at least: how many
+    Two witnesses have to be more than SKILL of the way from guessing to knowing: how many
     labels the others predict, and of how many of the other rows the two halves of the labels
     say the same. The second has many rows to say so even where labels are few.
     """
@@ -641,9 +646,6 @@ REVIEWED = 100                          # most images of a kind in review.csv
 WRONG = "label looks wrong"
 TEACHING = "label would teach most"
 COLUMNS = "image new_label why label likeliest sure fingerprint".split()
-# The densities, what is tried of their bandwidth or shrinkage, and what is usual.
-KINDS = {"aggregate": (Aggregate, (0.25, 0.5, 0.75, 1.0, 1.5), 1.0),
-         "gaussian": (Gaussian, (0.0, 0.1, 0.5, 1.0), 0.1)}
 
 
 def parse_args(argv=None):
@@ -783,8 +785,7 @@ def draw_reliability(axes, metrics):
     # What is stated is right to within five points.
     axes.fill_between([0, 1], [-0.05, 0.95], [0.05, 1.05], color="0.93")
     axes.set_prop_cycle(color=common.COLOURS)
-    styles = {"encoder's width": "-o", "aggregate": "--s", "gaussian": ":^"}
-    for name, style in styles.items():
+    for name, style in zip(["encoder's width", *KINDS], ("-o", "--s", ":^", "-.D")):
         rows = metrics[name]["reliability"]
         stated = [row["stated"] for row in rows]
         observed = [row["observed"] for row in rows]

@@ -62,9 +62,7 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """x (B,C,H,W) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
-        code = self.encoder(F.pad(x, self.pad)).float()
-        mu, logvar = code.chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10)                # exp overflows in a bad first step
+        return halves(self.encoder(F.pad(x, self.pad)))
 
     def logits(self, z):
         """z (B,D) -> logits (B,C,H,W), float32."""
@@ -127,9 +125,7 @@ class FeatureVAE(nn.Module):
 
     def encode(self, x):
         """x (B,F) -> mu, logvar (B,D), float32; logvar is kept within [-10, 10]."""
-        code = self.encoder(self.project(x)).float()
-        mu, logvar = code.chunk(2, dim=1)
-        return mu, logvar.clamp(-10, 10)
+        return halves(self.encoder(self.project(x)))
 
     def decode(self, z):
         """z (B,D) -> features (B,F), float32."""
@@ -143,6 +139,12 @@ class FeatureVAE(nn.Module):
         log_variance = self.log_variance.clamp(min=-6)  # few rows could be learnt by heart
         nats = 0.5 * (square / log_variance.exp() + log_variance + LOG_2PI)
         return nats.sum() / len(x), divergence(mu, logvar)
+
+
+def halves(code):
+    """What an encoder makes of x (B,2D) -> mu, logvar (B,D)."""
+    mu, logvar = code.float().chunk(2, dim=1)
+    return mu, logvar.clamp(-10, 10)                    # exp overflows in a bad first step
 
 
 def restore(saved: dict, device="cpu"):
