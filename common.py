@@ -387,6 +387,7 @@ class Dataset:
     features: Tensor = None             # (N,F), of a pretrained network
     test_features: Tensor = None
     backbone: str = None                # its mark; features may come with the set, too
+    mirrored: Tensor = None             # (N,F), of the training images' mirror images
 
     def labelled(self) -> Tensor:
         """Rows of the pool that have a label."""
@@ -1125,23 +1126,42 @@ def add_features(run, data):
                 f"{command_for(run, run.source)}; or give another -o")
         mark = backbone().mark
     images = [*data.images.numpy(), *data.test_images.numpy()]
-    keys = [fingerprint(name.encode() + image.tobytes())
-            for name, image in zip(data.names, images)]
-    row_of = {key: row for row, key in enumerate(keys)}
-
-    def look(some):
-        pictures = [data.original(row_of[key]) for key in some]
-        return dict(zip(some, backbone()(pictures).numpy()))
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
-    known = cached(run, f"features-{mark}", "features", keys, look)
-    torch.set_num_threads(threads)
-    features = torch.from_numpy(np.stack([known[key] for key in keys]))
+    features = look_at(run, data, images, f"features-{mark}", backbone)
     data.features, data.test_features = data.split(features)
     data.backbone = mark
     if data.images.shape[1] == 1:
         data.remarks.append("the network sees grey pictures in three equal channels")
+
+
+def add_mirrored(run, data):
+    """Give a data set the features of its training pictures, mirrored."""
+    require(data.backbone, f"features came with {data.name}, not those of mirror images; leave "
+            "out augment")
+    backbone = functools.cache(functools.partial(named_backbone, run))
+    name = f"features-{data.backbone}-mirrored"
+    images = data.images.cpu().numpy()
+    mirrored = look_at(run, data, images, name, backbone, mirror=True)
+    data.mirrored = mirrored.to(data.features.device)
+
+
+def look_at(run, data, images, name, backbone, mirror=False) -> Tensor:
+    """Features (n,F) of the first n pictures: those that OUT keeps, and missing ones."""
+    from PIL import ImageOps
+    keys = [fingerprint(called.encode() + image.tobytes())
+            for called, image in zip(data.names, images)]
+    row_of = {key: row for row, key in enumerate(keys)}
+
+    def look(some):
+        pictures = [data.original(row_of[key]) for key in some]
+        if mirror:
+            pictures = [ImageOps.mirror(picture) for picture in pictures]
+        return dict(zip(some, backbone()(pictures).numpy()))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(run.cores, threads))      # one step of many that wait for it
+    known = cached(run, name, "features", keys, look)
+    torch.set_num_threads(threads)
+    return torch.from_numpy(np.stack([known[key] for key in keys]))
 
 
 def named_backbone(run) -> Backbone:

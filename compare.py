@@ -88,7 +88,8 @@ USUAL = ["real", "mixup", "real+hybrid"]
 USUAL_OF_FEATURES = ["real", "mixup", "pseudo-labels", "mixup+pseudo", "real+hybrid"]
 # Nothing in features moves, or can be cut.
 OF_IMAGES = ["cutmix", "mixup+cutmix", "undeformed hybrid", "cross-faded hybrid",
-             "deformed images"] + [name for name, arm in ARMS.items() if arm.augmentation]
+             "deformed images"] + [name for name, arm in ARMS.items()
+                                   if arm.augmentation and name != "augment"]
 SIZES = [100, 300]
 AVERAGED = ("balanced_accuracy", "nll", "ece", "scaled_nll", "scaled_ece", "noise")
 # Of Student's t, 97.5%, by degrees of freedom from 1 on.
@@ -141,6 +142,8 @@ class Unit:
         self.images = inputs[self.rows]                 # or features
         self.labelled = self.images[self.y >= 0]
         self.labels = self.y[self.y >= 0]
+        if data.mirrored is not None:
+            self.mirrored = inputs.of(data.mirrored[self.rows[self.y >= 0]])
         # Temperatures are fitted on some validation images; the others may be the judges.
         count = min(1000, (len(data.validation) + 1) // 2)
         some = data.validation[latent.subsample(len(data.validation), count)]
@@ -201,13 +204,18 @@ class Unit:
     def train(self, arm: Arm):
         """The CNN of an arm."""
         given = self.with_hybrids(arm) if arm.strategy else {}
+        images = self.labelled
+        y = self.labels
         augmentations = []
-        if arm.augmentation == "deform":
+        if arm.augmentation and self.of_features:       # those of mirror images are there
+            images = torch.cat([images, self.mirrored])
+            y = torch.cat([y, y])
+        elif arm.augmentation == "deform":
             augmentations = [self.moves]
         elif arm.augmentation:
             augmentations = [getattr(cnn, arm.augmentation)]
         model, training = cnn.train(
-            self.labelled, F.one_hot(self.labels, self.classes).float(), self.seed, **given,
+            images, F.one_hot(y, self.classes).float(), self.seed, **given,
             mix=mixing(arm.mix), share=arm.share, augmentations=augmentations, rounds=1,
             amp=self.recipe["amp"], width=self.recipe["width"], steps=self.recipe["steps"])
         for _ in training:
@@ -496,6 +504,8 @@ def plan(run, args) -> Grid:
     asked = args.arms or (USUAL_OF_FEATURES if of_features and unlabelled else USUAL)
     wrong = [arm for arm in asked if of_features and arm in OF_IMAGES]
     common.require(not wrong, f"features do not move and cannot be cut: no {', '.join(wrong)}")
+    if of_features and "augment" in asked:
+        common.add_mirrored(run, data)
     arms = [arm for arm in ARMS if arm in asked]        # one order, whatever was typed
     seeds = range(run.seed, run.seed + args.seeds)
     folder = run.out / "cells"

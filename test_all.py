@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import distributions as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -4886,6 +4886,26 @@ def test_features_are_made_once_and_kept_in_parts(visit, monkeypatch):
     assert features()[2] == 4
     Path("net.py").write_text(CHANGED)
     assert features()[2] == 72
+
+
+def test_features_are_augmented_by_those_of_mirror_images(visit, monkeypatch, capsys):
+    words = ["--sizes", 12, "--arms", "real", "augment"]
+    planned = grid_of("--dataset", "photos", "--backbone", "net.py", "-o", "grid", *words)
+    calls = note_calls(monkeypatch, cnn, "train")
+    unit = compare.Unit(planned, 12, 3)
+    rows = [unit.row(arm) for arm in planned.arms]
+    assert rows[0]["nll"] != rows[1]["nll"]
+    (plain, q, _), (both, both_q, _) = (call.given for call in calls)
+    assert torch.equal(both[:12], plain) and torch.equal(both_q, torch.cat([q, q]))
+    names = [planned.data.names[row] for row in unit.rows[unit.y >= 0]]
+    for name in names:                  # as a person would make them
+        ImageOps.mirror(Image.open(Path("photos", name))).save(Path("photos", name))
+    inputs = common.Inputs(planned.data, unit.rows)
+    mirrored = oracle(Path("photos", name) for name in names)
+    close(both[12:], inputs.of(mirrored), atol=0.02, rtol=0)
+    line = mistake(capsys, "compare", "--dataset", with_features(Path("own.npz")), "-o", "own",
+                   *words)
+    assert "not those of mirror images; leave out augment" in line
 
 
 def test_a_backbones_file_runs_only_when_it_is_named(visit, undrawn, capsys):
