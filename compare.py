@@ -80,6 +80,7 @@ ARMS = {                                # the first ten have a colour of their o
     "augment+pseudo": Arm("images", augmentation="augment", moves=False),
     "soft pseudo-labels": Arm("images", "density", moves=False),
     "mixup+pseudo": Arm("images", mix="halves", moves=False),
+    "mixup+soft pseudo": Arm("images", "density", mix="halves", moves=False),
     "mixup+pseudo only": Arm("images", mix="halves", share=(1.0, 1.0), moves=False),
     "latent posterior": Arm("posterior"),               # no classifier at all
 }

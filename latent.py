@@ -23,6 +23,7 @@ SPREAD = 60_000                         # most images of a kind that labels are 
 CODES = 20_000                          # most codes that a density is made of
 NEIGHBOURS = 7                          # along whom labels are spread, among images
 FEATURE_NEIGHBOURS = 15                 # and among features
+AGAIN = 2                               # rounds more of it, among features
 SOFT = 1.1                              # temperature from which pseudo-labels are soft
 SKILL = 1 / 3                           # between guessing, 0, and knowing, 1
 DOUBT = 20                              # to one: odds from which a label looks wrong
@@ -264,7 +265,8 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
 
     Labels y (N,) are -1 for none: those of the others are spread to them, among images that
     are near in `places` (N,P), which are codes or features, and, to the strength of `moves`,
-    a deform.Deformations, as images that move so.
+    a deform.Deformations, as images that move so. Among features that is done again where the
+    classes lie further apart.
     """
     of_features = images.dim() == 2
     y = y.long()
@@ -274,8 +276,15 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
         # All have a place in the graph, unless there are very many.
         among = torch.cat([some_rows(given, SPREAD), some_rows(~given, SPREAD)])
         among = among.sort()[0]
-        graph = graph_of(places[among], images[among], moves)
-        labels[among] = spread_labels(graph, y[among], classes, balanced=of_features)
+        places = places[among]
+        images = images[among]
+        y = y[among]
+        graph = graph_of(places, images, moves)
+        found = spread_labels(graph, y, classes, balanced=of_features)
+        for _ in range(AGAIN if of_features and (found > y).any() else 0):
+            graph = graph_of(told_apart(places, found, y >= 0, classes), images, moves)
+            found = spread_labels(graph, y, classes, balanced=True, agreed=True)
+        labels[among] = found
     known = some_rows(labels >= 0, CODES)
     posterior = fit_labeller(mu[known], logvar[known], labels[known], classes, of_features)
     return Codes(rows, mu, logvar, labels, given, posterior)
@@ -284,17 +293,17 @@ def embed(mu, logvar, rows, y, classes, places, images, moves=None) -> Codes:
 def pseudo_labels(codes, soft=None):
     """Of the codes whose label was spread: which these are (N,), and q (M,K) of them.
 
-    One class each or, of features and if `soft`, the percentages of the labeller; None: soft
-    where its temperature is above SOFT. Hard labels that are often wrong make a classifier too
-    sure; of images they are the better ones all the same.
+    One class each or, of features and if `soft`, the mean of that and of the labeller's
+    percentages; None: soft where its temperature is above SOFT. Hard labels that are often
+    wrong make a classifier too sure; of images they are the better ones all the same.
     """
     guessed = (codes.y >= 0) & ~codes.given
     if soft is None:
         soft = codes.posterior.temperature > SOFT
+    q = F.one_hot(codes.y[guessed], len(codes.posterior.prior)).float()
     if soft and isinstance(codes.posterior, Gaussian):
-        return guessed, codes.posterior(codes.mu[guessed])
-    classes = len(codes.posterior.prior)
-    return guessed, F.one_hot(codes.y[guessed], classes).float()
+        q = (q + codes.posterior(codes.mu[guessed])) / 2
+    return guessed, q
 
 
 def fit_labeller(mu, logvar, y, classes, of_features=False):
@@ -493,6 +502,29 @@ def neighbour_graph(near, square):
     return (graph + graph.T).coalesce()
 
 
+def told_apart(places, labels, given, classes):
+    """Places (N,P) and, beside them, the directions in which labels (N,) differ (N,P+C).
+
+    Linear discriminants (Fisher 1936) of the labels, -1 for none; those `given` (N,) weigh a
+    quarter in all, or more if there are more. The places go on to count, at twice a
+    direction's weight within a class: along one direction alone no label would reach far.
+    """
+    guessed = (labels >= 0) & ~given
+    mass = guessed + given * (guessed.sum() / given.sum() / 3).clamp(min=1)
+    weight = F.one_hot(labels.clamp(min=0), classes) * mass[:, None]            # (N,K)
+    count = weight.sum(0)
+    mean = weight.T @ places / count.clamp(min=1e-6)[:, None]
+    within = (places.T * mass) @ places - (mean.T * count) @ mean
+    within /= count.sum()
+    size = within.trace()
+    within = torch.lerp(within, size * torch.eye(len(within)).to(within) / len(within), 0.1)
+    variances, axes = torch.linalg.eigh(within)
+    white = axes * variances.rsqrt()
+    centres = mean[count > 0] @ white
+    _, _, directions = torch.linalg.svd(centres - centres.mean(0), full_matrices=False)
+    return torch.cat([2 * places / size.sqrt(), places @ white @ directions[:-1].T], 1)
+
+
 def propagate(graph, given, alpha=0.99, rounds=100):
     """F <- alpha S F + (1-alpha) Y, S = D^-1/2 W D^-1/2, from Y `given` (N,M): F (N,M).
 
@@ -572,14 +604,15 @@ def halves_agree(graph, rows, y, several, classes) -> float:
     return (first == second)[asked].float().mean().item()
 
 
-def spread_labels(graph, y, classes, balanced=False):
+def spread_labels(graph, y, classes, balanced=False, agreed=False):
     """Labels (N,) of all nodes of a graph, from y (N,), -1 for none; -1 where none arrives.
 
-    None arrives anywhere, if the labels do not predict each other: they would mislead.
+    None arrives anywhere, if the labels do not predict each other: they would mislead. That
+    is asked, unless they have `agreed`.
     """
     given = y.cpu()
     rows = (given >= 0).nonzero()[:, 0]
-    if not labels_agree(graph, rows, given[rows], classes):
+    if not agreed and not labels_agree(graph, rows, given[rows], classes):
         return y
     labels = spread(graph, rows, given[rows], classes, balanced=balanced)
     labels[rows] = given[rows]

@@ -724,6 +724,44 @@ def test_labels_are_those_given_and_those_spread_along_the_graph_of_codes_and_im
     assert torch.equal(known.posterior(mu), wanted(mu))
 
 
+def test_discriminants_stand_beside_the_places_and_given_labels_weigh_a_quarter():
+    mu, _, y = codes(60, 5)
+    given = torch.arange(60) < 3        # one a class; 54 are guessed, three have no label
+    labels = y.where(torch.arange(60) < 57, -1)
+    found = latent.told_apart(mu, labels, given, 3).double()
+    # By hand, each given one six times: 18 of 72.
+    x = torch.cat([mu[:3].repeat(6, 1), mu[3:57]]).double()
+    own = torch.cat([y[:3].repeat(6), y[3:57]])
+    means = torch.stack([x[own == c].mean(0) for c in range(3)])
+    within = (x - means[own]).T @ (x - means[own]) / 72
+    size = within.trace()
+    close(found[:, :5], 2 * mu.double() / size.sqrt(), atol=1e-5, rtol=1e-5)
+    # Distances are those of Mahalanobis, along what the means span.
+    white = torch.linalg.cholesky((0.9 * within + 0.02 * size * torch.eye(5)).inverse())
+    span = (means - means.mean(0)) @ white
+    wanted = mu.double() @ white @ torch.linalg.pinv(span) @ span
+    assert found.shape == (60, 7)
+    close(torch.cdist(found[:, 5:], found[:, 5:]), torch.cdist(wanted, wanted), atol=1e-3,
+          rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind, rounds", [("features", 2), ("images", 0), ("no labels agree", 0)])
+def test_among_features_labels_are_spread_again_where_the_classes_lie_apart(monkeypatch, kind,
+                                                                           rounds):
+    calls = note_calls(monkeypatch, latent, "told_apart")
+    mu, logvar, rows, given, *_, images = half_labelled()
+    if kind == "images":
+        latent.embed(*half_labelled(), Moving(1.0))
+    else:
+        x = images[:, None] if kind == "features" else noise(120, 9, seed=7)
+        latent.embed(mu, logvar, rows, given, 3, x, x)
+    assert len(calls) == rounds
+    for call in calls:
+        places, labels, told, classes = call.given
+        assert torch.equal(places, x) and torch.equal(told, given >= 0)
+        assert torch.equal(labels, CLASSES)
+
+
 def test_a_given_label_stays_though_all_its_neighbours_have_another():
     y = torch.arange(2).repeat_interleave(40)
     mu = 0.1 * noise(80, 2) + 50 * y[:, None]
@@ -745,9 +783,10 @@ def test_pseudo_labels_of_features_alone_are_soft_where_asked_or_where_the_label
         found.posterior.temperature = temperature
         guessed, q = latent.pseudo_labels(found, told)
         assert torch.equal(guessed, torch.arange(120) % 3 > 0)
-        hard = one_hot(CLASSES[guessed])
-        of_labeller = soft and found is features
-        assert torch.equal(q, found.posterior(found.mu[guessed]) if of_labeller else hard)
+        wanted = one_hot(CLASSES[guessed])
+        if soft and found is features:
+            wanted = (wanted + found.posterior(found.mu[guessed])) / 2
+        assert torch.equal(q, wanted)
 
 
 @pytest.mark.parametrize("q, y, found, claimed", [
@@ -3579,6 +3618,7 @@ OF_HYBRIDS = {
     "pseudo-labels": {"strategy": "images", "moves": None},
     "mixup+pseudo": {"strategy": "images", "moves": None},
     "mixup+pseudo only": {"strategy": "images", "moves": None},
+    "mixup+soft pseudo": {"strategy": "images", "rule": "density", "moves": None},
     "soft pseudo-labels": {"strategy": "images", "rule": "density", "moves": None},
     "augment+pseudo": {"strategy": "images", "moves": None}}
 MOVED = [arm for arm, told in OF_HYBRIDS.items() if "moves" not in told]
@@ -3634,7 +3674,7 @@ TRAINED = {
     "deform": ("moves", None), "deform+mixup": ("moves", "mixup"),
     "deform+cutmix": ("moves", cnn.cutmix), "augment+mixup": (cnn.augment, "mixup"),
     "mixup": (None, cnn.mixup), "mixup+pseudo": (None, cnn.mixup),
-    "mixup+pseudo only": (None, cnn.mixup),
+    "mixup+pseudo only": (None, cnn.mixup), "mixup+soft pseudo": (None, cnn.mixup),
     "cutmix": (None, cnn.cutmix), "mixup+cutmix": (None, "both")}
 
 
