@@ -671,6 +671,8 @@ def test_random_labels_are_seldom_spread(classes, most):
         assert torch.equal(found[y >= 0], y[y >= 0])
         believed += int(found[y < 0].max() >= 0)
     assert believed <= most
+    graph = latent.neighbour_graph(*latent.nearest(noise(200, 4), 7))
+    assert latent.spread_labels(graph, y, classes, agreed=True).min() >= 0      # unasked
 
 
 @pytest.mark.parametrize("agreeing, believed", [(15, True), (14, True), (12, False)])
@@ -749,13 +751,16 @@ def test_discriminants_stand_beside_the_places_and_given_labels_weigh_a_quarter(
 def test_among_features_labels_are_spread_again_where_the_classes_lie_apart(monkeypatch, kind,
                                                                            rounds):
     calls = note_calls(monkeypatch, latent, "told_apart")
+    spreads = note_calls(monkeypatch, latent, "spread_labels")
     mu, logvar, rows, given, *_, images = half_labelled()
     if kind == "images":
         latent.embed(*half_labelled(), Moving(1.0))
     else:
         x = images[:, None] if kind == "features" else noise(120, 9, seed=7)
         latent.embed(mu, logvar, rows, given, 3, x, x)
-    assert len(calls) == rounds
+    assert len(calls) == rounds == len(spreads) - 1
+    assert all(torch.equal(call.given[1], given) for call in spreads)
+    assert all(call.told == {"balanced": True, "agreed": True} for call in spreads[1:])
     for call in calls:
         places, labels, told, classes = call.given
         assert torch.equal(places, x) and torch.equal(told, given >= 0)
