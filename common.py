@@ -450,6 +450,9 @@ def load_dataset(run: Run) -> Dataset:
     if run.labels:
         data = with_labels(data, run.labels, run.seed)
     if run.labels_from:
+        first = "deform" if run.backbone is None else "vae"
+        require(os.path.exists(run.labels_from), f"{run.labels_from} not found; put it back, or "
+                f"begin without it: {command_for(run, first, labels_from=None)}")
         correct_labels(data, Path(run.labels_from))
     check_folder(run, data)
     add_features(run, data)
@@ -463,6 +466,8 @@ def load_dataset(run: Run) -> Dataset:
 def open_dataset(run) -> Dataset:
     """Read the data set of a run; the pictures of a folder are scaled, once."""
     spec = run.dataset
+    require(spec not in NAMES or not holds_some(Path(spec)), f"{spec} is a named data set, and a "
+            "folder of pictures here; rename the folder")
     if spec == "glyphs":
         return glyphs()
     if spec.endswith(".npz"):
@@ -474,6 +479,11 @@ def open_dataset(run) -> Dataset:
     raise Mistake(f"no data set or folder {spec!r}; wanted a folder, a file .npz, or one of "
                   f"{' '.join(NAMES)}; one that was moved has to be named again, by each "
                   "command")
+
+
+def holds_some(folder: Path) -> bool:
+    """Is it a folder of pictures, and none that a script has worked in?"""
+    return folder.is_dir() and not is_hidden(folder) and bool(pictures_in(folder))
 
 
 def check_folder(run, data):
@@ -524,7 +534,8 @@ def assemble(name, images, labels, parts, names, classes=None, side=32, white=1,
     counts = Counter(parts)
     train = counts["train"]
     n = len(parts) - counts["test"]
-    require(train and n < len(parts), f"{name}: no training images, or no test images")
+    require(train and n < len(parts), f"{name}: no training images, or no test images; a class "
+            "wants two or more")
     y, classes = number_classes(name, labels, np.array(parts), classes)
     images, more_remarks = fit_pixels(images, side)
     validation = torch.arange(train, train + counts["validation"])
@@ -555,7 +566,10 @@ def number_classes(name, labels, parts, classes):
     require(len(classes) == len(values),
             f"{name}: {len(classes)} names for {len(values)} classes")
     y = np.where(labels == none, -1, np.searchsorted(values, labels))
-    return torch.from_numpy(y), [readable(str(value)) for value in classes]
+    classes = [readable(str(value)) for value in classes]
+    twice = [label for label, count in Counter(classes).items() if count > 1]
+    require(not twice, f"{name}: several classes are called {twice}")
+    return torch.from_numpy(y), classes
 
 
 def fit_pixels(images, side):
@@ -616,6 +630,7 @@ def npz_dataset(path, side):
                 kind, _, part = name.lower().partition("_")
                 known = f"{kind}_{PARTS[part]}" if part in PARTS else name.lower()
                 near = difflib.get_close_matches(known, ARRAYS, 1, 0.75)
+                require(known not in arrays, f"there are two arrays {known}")
                 if known in ARRAYS:
                     arrays[known] = file[name]
                 else:
@@ -819,13 +834,17 @@ def find_parts(root) -> dict:
     renames = {}
     for path in subfolders(root):
         hint = hinted_part(path.name)
-        if path.name.lower() in PARTS:
-            parts[PARTS[path.name.lower()]] = path
+        part = PARTS.get(path.name.lower())
+        if part:
+            require(part not in parts, f"{root}: {path.name}/ and {parts.get(part)} are one "
+                    "part; leave one of them")
+            parts[part] = path
         elif hint:
             renames[hint] = f"{path.name}/ to {hint}/"
     of_classes = parts.keys() <= {"unlabelled"}         # one of them may be called test strip
     require(len(renames) <= of_classes, f"{root}: are these parts of the data set? then "
             f"rename {' and '.join(renames.values())}; else call them something else")
+    require(of_classes or "train" in parts, f"{root}: no train/; move the classes there")
     return {"train": root} if of_classes else parts
 
 
@@ -923,7 +942,7 @@ def read_pictures(files, root, run):
 
 def mark_of(file, root) -> str:
     """What tells a picture, as it is now, from others."""
-    about = file.stat()
+    about = file.stat() if file.exists() else file.lstat()      # a link to nowhere
     facts = ascii([file.relative_to(root), about.st_size, about.st_mtime_ns])
     return fingerprint(facts.encode())
 
@@ -1190,6 +1209,7 @@ class Inputs:
             square = sum((unit_length(self.images[part]) - mean).square().sum()
                          for part in parts)
             scale = float((square / len(rows) / len(mean)).rsqrt())
+            require(math.isfinite(scale), "the features are the same for all images")
             self.normal = {"mean": mean, "scale": scale}
 
     def __getitem__(self, rows):
@@ -1322,11 +1342,15 @@ def correct_labels(data, file):
     """Give images the labels that a table has for them in its column new_label."""
     rows = {name: row for row, name in enumerate(data.names)}
     labels = torch.cat([data.labels, data.test_labels])
-    # A picture that was moved into the folder of its class has that label by now.
-    placed = {(Path(name).name, label) for name, label in zip(rows, labels.tolist())}
+    # A picture that was moved into the folder of its class is there by now.
+    placed = {}
+    for name, row in rows.items():
+        *folders, file_name = Path(name).parts
+        placed.update({(file_name, readable(folder)): row for folder in folders})
     given = {}
+    moved = 0
     for line in read_table(file, ["image", "new_label"]):
-        image = line["image"]
+        image = Path(line["image"]).as_posix()          # without ./
         name = line["new_label"]
         if not name:
             continue
@@ -1334,20 +1358,20 @@ def correct_labels(data, file):
                 f"{file}: {image} is both {given[image]} and {name}; remove one line")
         require(name in data.classes, f"{file}: {image} is given the class {name!r}; the "
                 f"classes are {', '.join(data.classes[:20])}")
-        label = data.classes.index(name)
-        require(image in rows or (Path(image).name, label) in placed,
-                f"{file}: {data.name} has no image {image!r}; they are called "
+        row = rows.get(image, placed.get((Path(image).name, name)))
+        require(row is not None, f"{file}: {data.name} has no image {image!r}; they are called "
                 f"{data.names[0]} and so on, see latent.csv")
-        if image in rows:
-            row = rows[image]
-            before = line.get("fingerprint")
-            require(not before or before == data.mark(row), f"{file}: {image} is another "
-                    "picture than the one that was looked at; remove the line, or its "
-                    "fingerprint")
-            labels[row] = label
+        before = line.get("fingerprint")
+        require(not before or before == data.mark(row), f"{file}: {image} is another picture "
+                "than the one that was looked at; remove the line, or its fingerprint")
+        labels[row] = data.classes.index(name)
+        moved += image not in rows
     require(given, f"{file}: no line has a new label; write some into its column new_label")
     data.labels, data.test_labels = data.split(labels)
     data.remarks.append(f"{len(given):,} labels are those of {file}")
+    if moved:
+        data.remarks.append(f"{moved:,} of these are of pictures that are not there, but lie in "
+                            "the folder of their class")
 
 
 def spaced(total: int, count: int) -> torch.Tensor:

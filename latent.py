@@ -1044,6 +1044,11 @@ def command(run, args):
     from vae import encode_all, restore
     if args.image or args.point:
         return answer(run, args)
+    path = run.out / "review.csv"
+    if args.review and path.exists():
+        lines = common.read_table(path, ["image", "new_label"])
+        common.require(not any(line["new_label"] for line in lines), f"{path} has new labels, "
+                       f"and would be replaced; move it to {run.out / 'labels.csv'}")
     upstream = common.load(run, "vae", run.device)
     data = common.load_dataset(run)
     model = restore(upstream, run.device)

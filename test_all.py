@@ -2652,8 +2652,10 @@ DAMAGED = ["unlabelled/1.png", "bird/4.png", "fish/0.png"]
 
 
 def spoil_three(root):
-    for name in DAMAGED:
+    for name in DAMAGED[:2]:
         (root / name).write_text("not a picture")
+    (root / DAMAGED[2]).unlink()
+    (root / DAMAGED[2]).symlink_to("nowhere.png")
 
 
 with_damaged = folders("bird", "fish", "unlabelled", spoil=spoil_three, count=10)
@@ -2795,17 +2797,21 @@ def test_labels_of_a_table_take_the_place_of_those_there_were(tmp_path, capsys, 
     assert data.fingerprint != whole.fingerprint
 
 
-def test_a_table_may_be_in_nfd_and_name_pictures_that_were_moved_since(tmp_path):
+def test_a_table_may_be_in_nfd_and_name_pictures_that_were_moved_since(tmp_path, capsys):
     root = noisy(tmp_path / "zoo", ("cafe\u0301", " th\xe9"))           # as a Mac has them
     noisy(root, ["unlabelled"], 1)
     table = tmp_path / "new.csv"
-    table.write_text("image,new_label\nthe\u0301/3.png,cafe\u0301 \nunlabelled/0.png,th\xe9\n")
+    table.write_text("image,new_label\n./the\u0301/3.png,cafe\u0301 \n"
+                     "unlabelled/0.png,th\xe9\n")
     first = every_label(dataset(root, tmp_path / "first", "--labels-from", table))
     assert first["th\xe9/3.png"] == "caf\xe9"
     assert first["unlabelled/0.png"] == "th\xe9"
     (root / "unlabelled/0.png").rename(root / " th\xe9/0.png")
-    moved = every_label(dataset(root, tmp_path / "moved", "--labels-from", table))
-    assert moved["th\xe9/0.png"] == "th\xe9"
+    for words in ((), ("--labels", 2)):                 # all other labels may be hidden
+        out = tmp_path / f"moved{len(words)}"
+        moved = every_label(dataset(root, out, "--labels-from", table, *words))
+        assert moved["th\xe9/0.png"] == "th\xe9"
+        assert "1 of these are of pictures that are not there" in capsys.readouterr().err
     (root / " th\xe9/0.png").rename(root / "cafe\u0301/x.png")  # not where the table says
     with pytest.raises(common.Mistake, match="no image 'unlabelled/0.png'"):
         dataset(root, tmp_path / "other", "--labels-from", table)
@@ -2853,7 +2859,12 @@ FEATURES = noise(200, 12).numpy()
     (arrays(f_train=FEATURES, f_test=FEATURES[:60] * math.nan),
      r"features of shape \(260, 12\), or NaN"),
     (folders("train", "car", "plane"), "if train is a class, call it otherwise"),
-    (folders("test/cat", "test/dog", "unlabelled"), "no training images"),
+    (folders("test/cat", "test/dog", "unlabelled"), "no train/; move the classes there"),
+    (folders("cat", "dog", "val/cat", "val/dog"), "no train/; move the classes there"),
+    (folders("train/cat", "train/dog", "val/cat", "dev/cat"), "val/ and .*dev are one part"),
+    (lambda folder: npz(folder / "a.npz", X_train=RGB), "there are two arrays x_train"),
+    (arrays(classes=np.array(["cat", "cat ", "eel"])), r"several classes are called \['cat'\]"),
+    (arrays(f_train=0 * FEATURES, f_test=0 * FEATURES[:60]), "the same for all images"),
     (folders("cat", "dog", "owl!"), "no pictures in owl/; remove it"),
     (folders("seg_train/cat", "seg_train/dog", "seg_test/cat", "seg_test/dog"),
      "rename seg_test/ to test/ and seg_train/ to train/; else call"),
@@ -2870,7 +2881,8 @@ FEATURES = noise(200, 12).numpy()
     (lambda folder: "xyzzy", "no data set or folder 'xyzzy'.*glyphs mnist"),
     (lambda folder: change_a_bit(npz(folder / "a.npz")), "a.npz: .*CRC.*savez"),
     (lambda folder: [npz(folder / "a.npz"), "--labels", 181], "there are 179 "),
-    (lambda folder: [npz(folder / "a.npz"), "--labels-from", "gone.csv"], "gone.csv: "),
+    (lambda folder: [npz(folder / "a.npz"), "--labels-from", "gone.csv"],
+     r"gone.csv not found; put it back, or begin without it: python deform.py --dataset \S+ -o"),
     (table("train/4,owl"), "new.csv: train/4 is .* class 'owl'; the classes are cat, dog"),
     (table("train/999,cat"), "no image 'train/999'; they are called train/0"),
     (table("train/4,cat\ntrain/4,dog"), "train/4 is both cat and dog; remove"),
@@ -4045,7 +4057,7 @@ def test_a_table_has_the_percentages_of_every_image(few):
 
 
 def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_has_said(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, capsys):
     leave_blank(monkeypatch)
     y = easy(200)[1].numpy()
     rows = dataset(npz(tmp_path / "a.npz"), tmp_path).pool[[5, 50, 120]].tolist()
@@ -4084,6 +4096,12 @@ def test_a_review_lists_wrong_labels_and_what_would_teach_most_until_a_person_ha
     assert run("latent", "-o", out, "--review") == 0
     assert mine.read_bytes() == before
     assert not {line["image"] for line in table_of(out / "review.csv")} & {*right, sure}
+    typed = (out / "review.csv").read_text().replace(",,", ",eel,")     # in the wrong table
+    (out / "review.csv").write_text(typed)
+    capsys.readouterr()
+    line = mistake(capsys, "latent", "-o", out, "--review")
+    assert f"review.csv has new labels, and would be replaced; move it to {mine}" in line
+    assert (out / "review.csv").read_text() == typed
     labels = {line["image"]: line["label"] for line in table_of(out / "latent.csv")}
     assert labels.items() >= {**right, sure: "eel"}.items()
 
@@ -4200,6 +4218,9 @@ def test_a_run_may_go_into_a_folder_called_like_its_named_data_set(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         common.start(vae.parse_args(["--dataset", "mnist", "-o", "mnist"])).release()
+    noisy(Path("glyphs"), ("a", "b"))   # a folder of the user's
+    with pytest.raises(common.Mistake, match="glyphs is a named data set, and a folder of pic"):
+        dataset("glyphs", "out")
 
 
 @pytest.mark.parametrize("out, refused", [
