@@ -29,9 +29,13 @@ BACKBONE ?=
 # What a person has written down, if there is something.
 LABELS_FROM ?= $(wildcard $(OUT)/labels.csv)
 DEVICE  ?= auto
-$(foreach path,DATASET DATA OUT BACKBONE LABELS_FROM,$(if $(word 2,$($(path))),$(error \
-  $(path)=$($(path)): make cannot handle blanks in a path; rename it, or type the commands)))
 PIP_ARGS ?=
+# What a shell or make would take apart.
+ODD     := & ( ) ' " ;
+$(foreach path,DATASET DATA OUT BACKBONE LABELS_FROM,\
+  $(if $(strip $(word 2,$($(path))) $(foreach letter,$(ODD),$(findstring $(letter),$($(path))))),\
+  $(error $(path)=$($(path)): make cannot handle blanks and $(ODD) in a path; rename it, or \
+  type the commands)))
 
 # PYTHON counts from the command line only; else a virtual environment is made and used.
 ifneq ($(origin PYTHON),command line)

@@ -4534,10 +4534,10 @@ def test_above_the_project_there_may_be_blanks_in_a_path_that_is_given_none(tree
         args = deform.parse_args(words)
         name = Path(name).name
         assert (args.dataset, args.out) == (name, Path("runs", name))
-    for word in ("DATASET=my photos", "OUT=a b", "DATA=a b"):
+    for word in ("DATASET=my photos", "OUT=a b", "DATA=a b", "OUT=a&b", "DATASET=photos(1)"):
         done = shell("make", "-n", "all", word, cwd=spaced)
         assert done.returncode == 2
-        assert f"{word}: make cannot handle blanks in a path" in done.stderr
+        assert f"{word}: make cannot handle blanks and & ( ) ' \" ; in a path" in done.stderr
 
 
 STAND_IN = """#!/bin/sh
