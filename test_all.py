@@ -738,9 +738,8 @@ def test_discriminants_stand_beside_the_places_and_given_labels_weigh_a_quarter(
     white = torch.linalg.cholesky((0.9 * within + 0.02 * size * torch.eye(5)).inverse())
     span = (means - means.mean(0)) @ white
     wanted = mu.double() @ white @ torch.linalg.pinv(span) @ span
-    assert found.shape == (60, 7)
-    close(torch.cdist(found[:, 5:], found[:, 5:]), torch.cdist(wanted, wanted), atol=1e-3,
-          rtol=1e-3)
+    seen = found[:, 5:]                 # two directions
+    close(torch.cdist(seen, seen), torch.cdist(wanted, wanted), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind, rounds", [("features", 2), ("images", 0), ("none agree", 0)])
@@ -758,9 +757,7 @@ def test_among_features_labels_are_spread_again_where_the_classes_lie_apart(monk
     assert all(torch.equal(call.given[1], given) for call in spreads)
     assert all(call.told == {"balanced": True, "agreed": True} for call in spreads[1:])
     for call in calls:
-        places, labels, told, classes = call.given
-        assert torch.equal(places, x) and torch.equal(told, given >= 0)
-        assert torch.equal(labels, CLASSES)
+        assert all(map(torch.equal, call.given[:3], (x, CLASSES, given >= 0)))
 
 
 @pytest.mark.parametrize("temperature, told, soft", [
@@ -831,7 +828,7 @@ def points_of(count=200, strategy="between", **how):
 
 @pytest.mark.parametrize("strategy, decoded", [("between", 0.5), ("around", 1), ("prior", 1),
                                                ("images", 0)])
-def test_points_lie_evenly_where_a_strategy_has_them_and_none_is_registered_with_itself(
+def test_points_lie_and_are_decoded_as_a_strategy_says_and_none_is_registered_with_itself(
         strategy, decoded):
     known, points = points_of(9000, strategy)
     assert points.decoded.float().mean() == approx(decoded, abs=0.02 * (decoded == 0.5))
@@ -2779,7 +2776,6 @@ FEATURES = noise(200, 12).numpy()
     (arrays(f_train=FEATURES, f_test=FEATURES[:60] * math.nan),
      r"features of shape \(260, 12\), or NaN"),
     (folders("train", "car", "plane"), "if train is a class, call it otherwise"),
-    (folders("test/cat", "test/dog", "unlabelled"), "no train/; move the classes there"),
     (folders("cat", "dog", "val/cat", "val/dog"), "no train/; move the classes there"),
     (folders("train/cat", "train/dog", "val/cat", "dev/cat"), "val/ and .*dev are one part"),
     (lambda folder: npz(folder / "a.npz", X_train=RGB), "there are two arrays x_train"),
@@ -3408,7 +3404,7 @@ def test_a_grid_computes_only_what_was_lost_or_cannot_be_true_and_gathers_withou
     fits = note_fits(monkeypatch, cnn)
     (out / "compare.json").unlink()
     assert run(*words, "--gather") == 0
-    assert facts_of(out, "compare")["summary"] == table
+    assert facts_of(out, "compare")["summary"] == facts_of(grid, "compare")["summary"]
     next((out / "cells").glob("30-1-*")).unlink()
     assert run(*words, "--gather") == 2
     assert "n=30 subset 1: not finished" in capsys.readouterr().err
@@ -4393,7 +4389,6 @@ def test_above_the_project_there_may_be_blanks_in_a_path_that_is_given_none(tree
         assert (args.dataset, args.out) == (name, Path("runs", name))
     for word in ("DATASET=my photos", "OUT=a b", "DATA=a b", "OUT=a&b", "DATASET=photos(1)"):
         done = shell("make", "-n", "all", word, cwd=spaced)
-        assert done.returncode == 2
         assert f"{word}: make cannot handle blanks and & ( ) ' \" ; in a path" in done.stderr
 
 
