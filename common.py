@@ -451,8 +451,8 @@ def load_dataset(run: Run) -> Dataset:
         data = with_labels(data, run.labels, run.seed)
     if run.labels_from:
         first = "deform" if run.backbone is None else "vae"
-        require(os.path.exists(run.labels_from), f"{run.labels_from} not found; put it back, or "
-                f"begin without it: {command_for(run, first, labels_from=None)}")
+        require(os.path.exists(run.labels_from), f"{run.labels_from} not found; put it back, "
+                f"or begin without it: {command_for(run, first, labels_from=None)}")
         correct_labels(data, Path(run.labels_from))
     check_folder(run, data)
     add_features(run, data)
@@ -466,8 +466,8 @@ def load_dataset(run: Run) -> Dataset:
 def open_dataset(run) -> Dataset:
     """Read the data set of a run; the pictures of a folder are scaled, once."""
     spec = run.dataset
-    require(spec not in NAMES or not holds_some(Path(spec)), f"{spec} is a named data set, and a "
-            "folder of pictures here; rename the folder")
+    require(spec not in NAMES or not holds_some(Path(spec)), f"{spec} is a named data set, "
+            "and a folder of pictures here; rename the folder")
     if spec == "glyphs":
         return glyphs()
     if spec.endswith(".npz"):
@@ -534,8 +534,8 @@ def assemble(name, images, labels, parts, names, classes=None, side=32, white=1,
     counts = Counter(parts)
     train = counts["train"]
     n = len(parts) - counts["test"]
-    require(train and n < len(parts), f"{name}: no training images, or no test images; a class "
-            "wants two or more")
+    require(train and n < len(parts), f"{name}: no training images, or no test images; a "
+            "class wants two or more")
     y, classes = number_classes(name, labels, np.array(parts), classes)
     images, more_remarks = fit_pixels(images, side)
     validation = torch.arange(train, train + counts["validation"])
@@ -1136,7 +1136,8 @@ def add_features(run, data):
     """Give a data set the features of its pictures: those that OUT keeps, and missing ones."""
     if run.backbone is None:
         return
-    require(data.features is None, f"{data.name} has features of its own; leave out --backbone")
+    require(data.features is None, f"{data.name} has features of its own; leave out "
+            "--backbone")
     backbone = functools.cache(functools.partial(named_backbone, run))      # when it is asked
     mark = run.record.get("backbone")
     if mark is None or "backbone" in run.changed:
@@ -1154,8 +1155,8 @@ def add_features(run, data):
 
 def add_mirrored(run, data):
     """Give a data set the features of its training pictures, mirrored."""
-    require(data.backbone, f"features came with {data.name}, not those of mirror images; leave "
-            "out augment")
+    require(data.backbone, f"features came with {data.name}, not those of mirror images; "
+            "leave out augment")
     backbone = functools.cache(functools.partial(named_backbone, run))
     name = f"features-{data.backbone}-mirrored"
     images = data.images.cpu().numpy()
@@ -1359,8 +1360,8 @@ def correct_labels(data, file):
         require(name in data.classes, f"{file}: {image} is given the class {name!r}; the "
                 f"classes are {', '.join(data.classes[:20])}")
         row = rows.get(image, placed.get((Path(image).name, name)))
-        require(row is not None, f"{file}: {data.name} has no image {image!r}; they are called "
-                f"{data.names[0]} and so on, see latent.csv")
+        require(row is not None, f"{file}: {data.name} has no image {image!r}; they are "
+                f"called {data.names[0]} and so on, see latent.csv")
         before = line.get("fingerprint")
         require(not before or before == data.mark(row), f"{file}: {image} is another picture "
                 "than the one that was looked at; remove the line, or its fingerprint")
@@ -1370,8 +1371,8 @@ def correct_labels(data, file):
     data.labels, data.test_labels = data.split(labels)
     data.remarks.append(f"{len(given):,} labels are those of {file}")
     if moved:
-        data.remarks.append(f"{moved:,} of these are of pictures that are not there, but lie in "
-                            "the folder of their class")
+        data.remarks.append(f"{moved:,} of these are of pictures that are not there, but "
+                            "lie in the folder of their class")
 
 
 def spaced(total: int, count: int) -> torch.Tensor:
