@@ -322,8 +322,7 @@ def command_for(run: Run, stem: str, **changes) -> str:
 
 def holds_pictures(out: Path, root: Path) -> bool:
     """Is a working directory the data set, or a folder of pictures in it?"""
-    inside = root in out.parents and out.is_dir() and not is_hidden(out)
-    return root.is_dir() and (out == root or inside and bool(pictures_in(out)))
+    return root.is_dir() and (out == root or root in out.parents and holds_some(out))
 
 
 def lock_folder(out):
